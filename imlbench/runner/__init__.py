@@ -1,0 +1,1 @@
+"""Runners: how the jobs of a plan are brought to their processes."""

@@ -1,0 +1,93 @@
+"""The one training loop that plugins share, and the optimiser that suits most of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from imlbench.api import Examples, FitContext
+
+MIN_STEPS_PER_EPOCH = 50
+
+
+def batch_size_for(n_examples: int, batch_size: int) -> int:
+    """Return the batch size to use: smaller on small data, so that an epoch has 50 steps.
+
+    Example:
+        >>> batch_size_for(55_000, 500), batch_size_for(1_300, 500)
+        (500, 26)
+    """
+    return max(1, min(batch_size, n_examples // MIN_STEPS_PER_EPOCH))
+
+
+def n_steps_for(n_examples: int, batch_size: int, n_epochs: int) -> int:
+    """Return how many steps :func:`train_epochs` will take."""
+    return n_epochs * (n_examples // batch_size_for(n_examples, batch_size))
+
+
+class OneCycleAdam:
+    """Adam whose learning rate rises and falls once (https://arxiv.org/abs/1708.07120).
+
+    Arguments:
+        parameters: What to optimise.
+        learning_rate: The peak.
+        n_steps: How many steps there will be.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], learning_rate: float, n_steps: int
+    ) -> None:
+        self._optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+        self._schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self._optimizer, max_lr=learning_rate, total_steps=max(n_steps, 2)
+        )
+
+    def step(self, loss: Tensor) -> None:
+        """Take one step down the gradient of ``loss``."""
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimizer.step()
+        self._schedule.step()
+
+
+def train_epochs(
+    step: Callable[[Tensor], dict[str, Tensor]],
+    data: Examples,
+    *,
+    n_epochs: int,
+    batch_size: int,
+    context: FitContext,
+    stage: str,
+) -> None:
+    r"""Call ``step`` with shuffled batches, and report the mean of its values for every epoch.
+
+    The values stay on the device until the epoch ends: no step waits for the host.
+
+    Arguments:
+        step: Takes a batch of shape :math:`(B, *event\_shape)`, changes the parameters, and returns
+            scalars to report, such as ``{"loss": loss}``.
+        data: The training examples; incomplete last batches are left out.
+        n_epochs: Passes over the data.
+        batch_size: Examples per step; see :func:`batch_size_for`.
+        context: Given to :meth:`Model.fit`.
+        stage: The name under which progress is reported.
+
+    Raises:
+        Diverged: A reported value is NaN or infinite.
+    """
+    size = batch_size_for(len(data), batch_size)
+    generator = context.generator(f"{stage} shuffle")
+    for epoch in range(1, n_epochs + 1):
+        totals: dict[str, Tensor] = {}
+        n_batches = 0
+        for x in data.batches(size, generator):
+            if len(x) < size:
+                continue
+            for name, value in step(x).items():
+                value = value.detach()
+                totals[name] = totals[name] + value if name in totals else value
+            n_batches += 1
+        means = {name: (total / n_batches).item() for name, total in totals.items()}
+        context.report(stage, epoch, n_epochs, **means)

@@ -1,0 +1,11 @@
+"""Image datasets."""
+
+from imlbench import Dataset, hookimpl
+
+
+@hookimpl
+def imlbench_datasets() -> list[type[Dataset]]:
+    """Return the dataset classes."""
+    from imlbench_images import digits, mnist
+
+    return [digits.Digits, mnist.MNIST]

@@ -1,0 +1,11 @@
+"""Implicit maximum likelihood: an auto-encoder, then a learnt distribution of its latents."""
+
+from imlbench import Model, hookimpl
+
+
+@hookimpl
+def imlbench_models() -> list[type[Model]]:
+    """Return the model classes."""
+    from imlbench_iml.models import IMLGMM
+
+    return [IMLGMM]

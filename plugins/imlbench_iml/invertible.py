@@ -1,0 +1,192 @@
+r"""Networks that widen and whose left inverse uses the same weights (Eq. 9 and 10).
+
+The paper's invertible perceptron is ``TallLinear, Tanh, TallLinear, Sigmoid``. With all layers
+square the network is a bijection, and both volumes below equal the change of variables.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+SLOPE = 0.01
+"""Slope c of the straight lines that continue the activations outside."""
+
+
+class Layer(nn.Module, ABC):
+    """A map from R^n to R^m, m >= n, with a left inverse: ``inverse(forward(a)) == a``."""
+
+    @abstractmethod
+    def forward(self, a: Tensor) -> Tensor:
+        """Map (N, n) to (N, m)."""
+
+    @abstractmethod
+    def inverse(self, y: Tensor) -> Tensor:
+        """Map (N, m) to (N, n), for every real y."""
+
+    @abstractmethod
+    def log_volume(self, a: Tensor) -> Tensor:
+        """Return the logarithm of the layer's own volume change at a, shape (N,) or ()."""
+
+    @abstractmethod
+    def push_forward(self, tangents: Tensor, a: Tensor) -> Tensor:
+        """Multiply tangent vectors (N, K, n), one per row, by the Jacobian at a: (N, K, m)."""
+
+
+class TallLinear(Layer):
+    r"""A linear layer that widens.
+
+    .. math:: y = W a + b, \qquad a = (W^\top W)^{-1} W^\top (y - b)
+
+    Its volume change is :math:`\sqrt{\det W^\top W}`.
+
+    Arguments:
+        n_in: Input dimensions.
+        n_out: Output dimensions, at least ``n_in``.
+    """
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(n_out, n_in)))
+        self.bias = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, a: Tensor) -> Tensor:
+        return nn.functional.linear(a, self.weight, self.bias)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        projected = (y - self.bias) @ self.weight
+        return torch.cholesky_solve(projected.mT, self._gram_cholesky()).mT
+
+    def log_volume(self, a: Tensor) -> Tensor:
+        return self._gram_cholesky().diagonal().log().sum()
+
+    def push_forward(self, tangents: Tensor, a: Tensor) -> Tensor:
+        return tangents @ self.weight.mT
+
+    def _gram_cholesky(self) -> Tensor:
+        return torch.linalg.cholesky(self.weight.mT @ self.weight)
+
+
+class Elementwise(Layer):
+    """An increasing function of each coordinate."""
+
+    @abstractmethod
+    def log_slope(self, a: Tensor) -> Tensor:
+        """Return the logarithm of the derivative, elementwise."""
+
+    def log_volume(self, a: Tensor) -> Tensor:
+        return self.log_slope(a).sum(dim=-1)
+
+    def push_forward(self, tangents: Tensor, a: Tensor) -> Tensor:
+        return tangents * self.log_slope(a).exp()[:, None, :]
+
+
+class Tanh(Elementwise):
+    r"""Hyperbolic tangent inside, straight lines of slope c outside (Eq. 9).
+
+    Value and first derivative are continuous, which fixes where they meet:
+    :math:`y^* = \sqrt{1 - c}`, :math:`t^* = \operatorname{atanh} y^*`.
+
+    Example:
+        >>> layer = Tanh()
+        >>> layer.inverse(layer(torch.tensor([-50.0, 0.25, 7.0]))).round(decimals=3)
+        tensor([-50.0000,   0.2500,   7.0000])
+    """
+
+    y_join = math.sqrt(1 - SLOPE)
+    t_join = math.atanh(y_join)
+
+    def forward(self, a: Tensor) -> Tensor:
+        inside = a.clamp(-self.t_join, self.t_join)
+        return inside.tanh() + SLOPE * (a - inside)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        inside = y.clamp(-self.y_join, self.y_join)
+        return inside.atanh() + (y - inside) / SLOPE
+
+    def log_slope(self, a: Tensor) -> Tensor:
+        return torch.log1p(-a.clamp(-self.t_join, self.t_join).tanh().square())
+
+
+class Sigmoid(Elementwise):
+    r"""Sigmoid inside, straight lines of slope c outside (Eq. 10), onto a range of values.
+
+    They meet where :math:`\sigma^* (1 - \sigma^*) = c`, so that even the smallest and the largest
+    pixel have a finite inverse: nothing is clamped.
+
+    Arguments:
+        low: Lower end of the sigmoid's range.
+        high: Its upper end.
+
+    Example:
+        >>> layer = Sigmoid(0.0, 1.0)
+        >>> layer(layer.inverse(torch.tensor([0.0, 0.5, 1.0])))
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+
+    y_join = (1 + math.sqrt(1 - 4 * SLOPE)) / 2
+    t_join = math.log(y_join / (1 - y_join))
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.width = low, high - low
+
+    def forward(self, a: Tensor) -> Tensor:
+        inside = a.clamp(-self.t_join, self.t_join)
+        return self.low + self.width * (inside.sigmoid() + SLOPE * (a - inside))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        unit = (y - self.low) / self.width
+        inside = unit.clamp(1 - self.y_join, self.y_join)
+        return inside.logit() + (unit - inside) / SLOPE
+
+    def log_slope(self, a: Tensor) -> Tensor:
+        inside = a.clamp(-self.t_join, self.t_join)
+        logsigmoid = nn.functional.logsigmoid
+        return logsigmoid(inside) + logsigmoid(-inside) + math.log(self.width)
+
+
+class InvertibleNetwork(nn.Module):
+    r"""A decoder from R^K to data space whose left inverse is the encoder.
+
+    Arguments:
+        layers: From the latents outwards.
+        event_shape: Shape of one example.
+    """
+
+    def __init__(self, layers: list[Layer], event_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.event_shape = event_shape
+
+    def decode(self, h: Tensor) -> Tensor:
+        r"""Map latents (N, K) to data :math:`(N, *event\_shape)`."""
+        for layer in self.layers:
+            h = layer(h)
+        return h.unflatten(1, self.event_shape)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Map data to latents (N, K); data off the decoder's manifold are projected, by layers."""
+        h = x.flatten(1)
+        for layer in reversed(self.layers):
+            h = layer.inverse(h)
+        return h
+
+    def log_volume_layerwise(self, h: Tensor) -> Tensor:
+        """Return the sum of the layers' own log volume changes at h, shape (N,)."""
+        total = h.new_zeros(len(h))
+        for layer in self.layers:
+            total = total + layer.log_volume(h)
+            h = layer(h)
+        return total
+
+    def log_volume_manifold(self, h: Tensor) -> Tensor:
+        r"""Return :math:`\frac 1 2 \log\det J^\top J` of the whole decoder at h, shape (N,)."""
+        tangents = torch.eye(h.shape[1], dtype=h.dtype, device=h.device).expand(len(h), -1, -1)
+        for layer in self.layers:
+            tangents = layer.push_forward(tangents, h)
+            h = layer(h)
+        return torch.linalg.cholesky(tangents @ tangents.mT).diagonal(dim1=1, dim2=2).log().sum(1)
