@@ -94,7 +94,7 @@ class Examples:
         return len(self.stored)
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.stored[index].to(torch.float32).mul_(self.scale).add_(self.offset)
+        return self.stored[index].to(torch.float32).mul(self.scale).add_(self.offset)
 
     def to(self, device: torch.device) -> Examples:
         """Return the same examples with their storage on ``device``."""

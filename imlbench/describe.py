@@ -6,14 +6,21 @@ import inspect
 import textwrap
 from typing import Any
 
-from tabulate import tabulate
-
 from imlbench.errors import UserError, unknown
 from imlbench.registry import Registry
 
 
 def _summary(cls: type) -> str:
     return (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ").replace("``", "")
+
+
+def _two_columns(texts: dict[str, str], width: int = 80) -> str:
+    left = max(map(len, texts), default=0) + 4
+    lines = []
+    for name, text in sorted(texts.items()):
+        first, *more = textwrap.wrap(text, width - left) or [""]
+        lines += [f"  {name}".ljust(left) + first, *(" " * left + line for line in more)]
+    return "\n".join(lines)
 
 
 def describe_all(registry: Registry) -> str:
@@ -24,13 +31,12 @@ def describe_all(registry: Registry) -> str:
         ("Datasets", registry.datasets),
         ("Metrics", registry.metrics),
     ):
-        rows = [
-            (name, textwrap.shorten(_summary(cls), 56, placeholder=" …"))
-            for name, cls in sorted(classes.items())
-        ]
-        parts.append(f"{title}\n{textwrap.indent(tabulate(rows, tablefmt='plain'), '  ')}")
-    origins = [(p.name, p.distribution, p.error or "ok") for p in registry.plugins]
-    parts.append(f"Plugins\n{textwrap.indent(tabulate(origins, tablefmt='plain'), '  ')}")
+        parts.append(f"{title}\n{_two_columns({n: _summary(c) for n, c in classes.items()})}")
+    origins = {
+        p.name: f"{p.distribution}: {f'LEFT OUT, {p.error}' if p.error else 'ok'}"
+        for p in registry.plugins
+    }
+    parts.append(f"Plugins\n{_two_columns(origins)}")
     return "\n\n".join(parts)
 
 

@@ -239,13 +239,19 @@ def _columns(done: pd.DataFrame, metrics: Sequence[str]) -> list[Column]:
 
 def _notes(group: pd.DataFrame, columns: Sequence[Column]) -> list[str]:
     notes = []
-    settings: dict[str, dict[str, Any]] = {}
-    for text in group["tags.imlbench.scores"].dropna():
-        settings |= {name: facts["settings"] for name, facts in json.loads(text).items()}
+    done = group[group["tags.imlbench.status"] == "done"]
     for column in columns:
-        if settings.get(column.name):
-            pairs = ", ".join(f"{key} = {value}" for key, value in settings[column.name].items())
-            notes.append(f"{column.name}: {pairs}.")
+        told: dict[str, list[str]] = {}
+        for model, text in zip(
+            done["tags.imlbench.model"], done["tags.imlbench.scores"], strict=True
+        ):
+            settings = json.loads(text).get(column.name, {}).get("settings", {})
+            label = ", ".join(f"{key} = {value}" for key, value in settings.items())
+            if label and model not in told.setdefault(label, []):
+                told[label].append(model)
+        for label, models in told.items():
+            which = f" ({', '.join(models)})" if len(told) > 1 else ""
+            notes.append(f"{column.name}: {label}{which}.")
     for _, run in group[group["tags.imlbench.status"] != "done"].iterrows():
         what = f"{run['tags.imlbench.model']}, seed {run['tags.imlbench.seed']}"
         reason = run.get("tags.imlbench.reason")

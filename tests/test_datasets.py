@@ -1,0 +1,156 @@
+"""Datasets: what they hold, where they look, and what they say when something is wrong."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import http.server
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from sklearn.datasets import load_digits
+
+from imlbench import DataError, Examples, Sources
+from imlbench_images import mnist
+from imlbench_images.digits import Digits
+from imlbench_images.mnist import MNIST
+
+
+def test_examples_decode_what_is_stored():
+    stored = torch.arange(12, dtype=torch.uint8).reshape(6, 2)
+    examples = Examples(stored, scale=0.5, offset=-1.0)
+    torch.testing.assert_close(examples[:], stored.float() * 0.5 - 1)
+    torch.testing.assert_close(torch.cat(list(examples.batches(4))), examples[:])
+    assert stored.tolist() == torch.arange(12).reshape(6, 2).tolist()  # reading changes nothing
+
+
+def test_float_examples_are_not_changed_by_reading():
+    stored = torch.ones(3, 2)
+    examples = Examples(stored, scale=2.0)
+    assert examples[:].sum() == examples[:].sum() == 12
+
+
+def test_shuffled_batches_are_a_permutation_set_by_the_seed():
+    examples = Examples(torch.arange(10.0)[:, None])
+    draw = lambda seed: torch.cat(  # noqa: E731
+        list(examples.batches(3, torch.Generator().manual_seed(seed)))
+    )
+    assert sorted(draw(0).flatten().tolist()) == list(range(10))
+    torch.testing.assert_close(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+
+
+def test_the_digest_depends_on_the_decoded_content():
+    stored = torch.zeros(4, 2, dtype=torch.uint8)
+    digests = [
+        Examples(stored).digest(),
+        Examples(stored, scale=2.0).digest(),
+        Examples(stored, lengths=(1, 3)).digest(),
+        Examples(stored + 1).digest(),
+        Examples(stored.reshape(2, 4)).digest(),
+    ]
+    assert len(set(digests)) == len(digests)
+    assert Examples(stored.clone()).digest() == digests[0]
+
+
+def test_digits_are_scikit_learns_split_without_overlap():
+    splits = Digits(Digits.Params()).load(Sources())
+    parts = [part[:].flatten(1) for part in (splits.train, splits.valid, splits.test)]
+    assert [len(part) for part in parts] == [1300, 200, 297]
+    together = np.sort(torch.cat(parts).mul(16).numpy(), axis=0)
+    np.testing.assert_array_equal(together, np.sort(load_digits().data, axis=0))
+
+
+def test_too_many_held_out_is_one_clear_message():
+    with pytest.raises(DataError, match=r"digits: the examples to hold out must be fewer"):
+        Digits(Digits.Params(valid_size=1500)).load(Sources())
+
+
+def test_mnist_is_the_standard_set(data_dir):
+    splits = MNIST(MNIST.Params()).load(Sources(data_dir, offline=True))
+    assert [len(part) for part in (splits.train, splits.valid, splits.test)] == [55000, 5000, 10000]
+    truth = np.fromfile(data_dir / "MNIST/raw/t10k-images-idx3-ubyte", np.uint8)[16:]
+    np.testing.assert_allclose(splits.test[:].numpy().ravel(), truth / np.float32(255), atol=1e-6)
+    assert splits.train[:100].shape == (100, 1, 28, 28)
+
+
+def test_mnist_can_be_reduced_to_some_classes(data_dir):
+    splits = MNIST(MNIST.Params(classes=[0, 1])).load(Sources(data_dir, offline=True))
+    assert len(splits.test) == 980 + 1135  # zeros and ones of the standard test set
+
+
+def test_missing_data_offline_say_where_was_looked(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMLBENCH_DATA", str(tmp_path / "elsewhere"))
+    with pytest.raises(DataError) as caught:
+        MNIST(MNIST.Params()).load(Sources(tmp_path / "here", offline=True))
+    message = caught.value.messages[0]
+    for part in ("MNIST/raw not found", "here", "elsewhere", "--offline", "--data-dir"):
+        assert part in message
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete", "change"])
+def test_damaged_files_are_named(data_dir, tmp_path, damage):
+    folder = tmp_path / "MNIST" / "raw"
+    shutil.copytree(data_dir / "MNIST" / "raw", folder)
+    file = folder / "t10k-images-idx3-ubyte"
+    content = file.read_bytes()
+    if damage == "delete":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-1] if damage == "truncate" else content[:-1] + b"\xff")
+    with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte must .*; got .*--data-dir"):
+        MNIST(MNIST.Params()).load(Sources(tmp_path, offline=True))
+
+
+@pytest.fixture
+def mirror(data_dir, tmp_path, monkeypatch):
+    """A local server that offers MNIST as the public mirrors do."""
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    resources = []
+    for name in mnist.CHECKSUMS:
+        content = gzip.compress((data_dir / "MNIST" / "raw" / name).read_bytes(), 1, mtime=0)
+        (folder / f"{name}.gz").write_bytes(content)
+        resources.append((f"{name}.gz", _md5(content)))
+    handler = functools.partial(_Quiet, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.delenv("IMLBENCH_DATA", raising=False)
+    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)
+    url = f"http://127.0.0.1:{server.server_port}/"
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [url])
+    yield folder
+    server.shutdown()
+    server.server_close()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def _md5(content: bytes) -> str:
+    import hashlib
+
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def test_mnist_is_downloaded_into_the_cache_once(mirror, data_dir):
+    dataset, sources = MNIST(MNIST.Params()), Sources()
+    first = dataset.load(sources)
+    shutil.rmtree(mirror)
+    second = dataset.load(Sources(offline=True))
+    assert first.fingerprint == second.fingerprint
+    assert first.fingerprint == dataset.load(Sources(data_dir)).fingerprint
+
+
+def test_a_failed_download_is_one_clear_message(mirror: Path):
+    for file in mirror.iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match=r"MNIST/raw not found; .*Download failed .*--data-dir"):
+        MNIST(MNIST.Params()).load(Sources())

@@ -1,0 +1,397 @@
+"""The main job, end to end, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+
+from imlbench import Diverged, Model, Sources, Space
+from imlbench.config import make_benchmark
+from imlbench.job import JobContext, run_job
+from imlbench.plan import identify_data, make_plan
+from imlbench.registry import Registry
+from imlbench.store import JobFolder, Store, read_tensors
+
+QUICK = ("--epochs", "1", "--set", "hidden_dim=32", "--set", "latent_dim=4")
+RUN = ("run", "--models", "iml-gmm,vae", "--datasets", "digits", *QUICK)
+SMALL = (*RUN, "--set", "iml-gmm.n_components=2")
+
+
+def quick_job(registry: Registry, model: str, **given):
+    settings = ["epochs=1", "latent_dim=4", "hidden_dim=32"]
+    benchmark = make_benchmark(
+        None, None, models=[model], datasets=["digits"], settings=settings, **given
+    )
+    plan = identify_data(make_plan(benchmark, registry), registry, Sources())
+    return plan.jobs[0]
+
+
+def run_here(registry: Registry, job, folder: Path, metrics=("kde", "reconstruction_error")):
+    store = Store(folder)
+    run_job(
+        job,
+        store.folder(job.id),
+        registry,
+        metrics=metrics,
+        stages=store.stages,
+        sources=Sources(),
+        device=torch.device("cpu"),
+    )
+    return store.folder(job.id)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of two models: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    answer = subprocess.run(
+        [sys.executable, "-m", "imlbench", *SMALL, "--seeds", "0,1"],
+        cwd=folder,
+        env={**os.environ, "IMLBENCH_CACHE": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, answer.stderr
+    return folder, answer
+
+
+def test_a_run_leaves_everything_behind(finished):
+    folder, _ = finished
+    jobs = sorted((folder / "results" / "runs").iterdir())
+    assert len(jobs) == 4
+    for job in jobs:
+        names = {path.name for path in job.iterdir()}
+        assert names >= {
+            "config.json",
+            "checkpoint.safetensors",
+            "fit.json",
+            "samples.safetensors",
+            "metrics.json",
+            "status.json",
+            "log.txt",
+            "figures",
+            "scores",
+        }
+        assert not [name for name in names if name.startswith(".writing")]
+        scores = JobFolder(job).scores()
+        kde = read_tensors(job / "scores" / "kde.safetensors")["per_example"]
+        assert len(kde) == 297
+        assert scores["kde"]["value"] == pytest.approx(kde.mean().item())
+        assert scores["kde"]["settings"] == {"h": 0.2, "M": 1000, "draws": 5}
+        assert (job / "figures" / "samples.png").stat().st_size > 1000
+
+
+def test_metrics_that_a_model_cannot_have_are_told(finished):
+    folder, _ = finished
+    vae = next((folder / "results" / "runs").glob("digits-vae-*"))
+    reasons = json.loads((vae / "metrics.json").read_text())["not_applicable"]
+    assert reasons["log_likelihood_manifold"] == "the model has no log_prob_manifold"
+
+
+def test_a_run_ends_with_the_table_of_what_it_ran(finished):
+    _, answer = finished
+    assert re.search(r"^iml-gmm +2 ", answer.stdout, re.MULTILINE)
+    assert re.search(r"^vae +2 ", answer.stdout, re.MULTILINE)
+    assert "± is the standard deviation over n seeds" in answer.stdout
+
+
+def test_mlflow_holds_parameters_curves_metrics_tags_and_artifacts(finished):
+    folder, _ = finished
+    uri = f"sqlite:///{folder / 'results' / 'mlflow.db'}"
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("imlbench")
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 4
+    run = next(run for run in runs if run.data.tags["imlbench.model"] == "iml-gmm")
+    assert run.data.params["model.latent_dim"] == "4"
+    assert {"kde", "kde.stderr", "fit_seconds", "log_likelihood_manifold"} <= set(run.data.metrics)
+    assert client.get_metric_history(run.info.run_id, "autoencoder/loss")[0].step == 1
+    tags = {name.removeprefix("imlbench.") for name in run.data.tags}
+    assert {"version", "fingerprint", "device", "torch", "seed", "status"} <= tags
+    artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert {"checkpoint.safetensors", "samples.safetensors", "figures"} <= artifacts
+    assert run.info.status == "FINISHED"
+
+
+def test_a_second_run_trains_nothing_and_prints_the_same_table(finished):
+    folder, first = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    second = subprocess.run(
+        [sys.executable, "-m", "imlbench", *SMALL, "--seeds", "0,1"],
+        cwd=folder,
+        env={**os.environ, "IMLBENCH_CACHE": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert second.stdout == first.stdout
+    assert second.stderr.count("(reused)") == 4
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
+
+
+@pytest.mark.parametrize("model", ["iml-gmm", "vae"])
+def test_same_seed_same_result_and_the_global_random_state_is_untouched(registry, tmp_path, model):
+    job = quick_job(registry, model)
+    torch.manual_seed(7)
+    states = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())  # noqa: NPY002
+    first = run_here(registry, job, tmp_path / "a")
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
+    assert random.getstate() == states[2]
+    torch.manual_seed(8)
+    second = run_here(registry, job, tmp_path / "b")
+    assert first.scores() == second.scores()
+    other = run_here(registry, quick_job(registry, model, seeds="1"), tmp_path / "c")
+    assert other.scores() != first.scores()
+
+
+def test_a_fitted_stage_is_shared_between_jobs(registry, tmp_path):
+    whole = quick_job(registry, "iml-gmm")
+    benchmark = make_benchmark(
+        None,
+        None,
+        models=["iml-gmm"],
+        datasets=["digits"],
+        settings=["epochs=1", "latent_dim=4", "hidden_dim=32", "iml-gmm.n_components=2"],
+    )
+    shared = identify_data(make_plan(benchmark, registry), registry, Sources()).jobs[0]
+    alone = run_here(registry, shared, tmp_path / "alone")
+    run_here(registry, whole, tmp_path / "together")
+    second = run_here(registry, shared, tmp_path / "together")
+    assert second.read("fit.json")["seconds_reused"] > 0
+    assert alone.read("fit.json")["seconds_reused"] == 0
+    assert second.scores() == alone.scores()  # the cache changes no number
+    stages = [record["stage"] for record in second.read("fit.json")["history"]]
+    assert "autoencoder" in stages  # the curves are there all the same
+
+
+class _Broken(Model):
+    """Fails in the way that its class attribute says."""
+
+    name = "broken"
+
+    def fit(self, train, valid, context):
+        context.report("training", 1, 2, loss=float("nan"))
+
+    def sample(self, n, generator):
+        return torch.zeros(n, *self.space.event_shape)
+
+
+def test_nan_in_training_is_diverged_with_epoch_and_value(tmp_path, registry):
+    job = quick_job(registry, "vae")
+    context = JobContext(job, torch.device("cpu"), tmp_path, lambda event: None)
+    model = _Broken(_Broken.Params(), Space("vector", (2,)))
+    with pytest.raises(Diverged, match="training, epoch 1: loss is nan"):
+        model.fit(None, None, context)
+
+
+PLUGIN = '''
+import os, signal, time
+import torch
+from imlbench import Metric, Model, Score, hookimpl
+
+class Base(Model):
+    """Zeros."""
+    def fit(self, train, valid, context): pass
+    def sample(self, n, generator):
+        return torch.rand(n, *self.space.event_shape, generator=generator)
+
+class Raises(Base):
+    name = "raises"
+    def fit(self, train, valid, context): raise RuntimeError("it broke")
+
+class Nan(Base):
+    name = "nan"
+    def fit(self, train, valid, context): context.report("training", 3, 9, loss=float("nan"))
+
+class Killed(Base):
+    name = "killed"
+    def fit(self, train, valid, context): os.kill(os.getpid(), signal.SIGKILL)
+
+class Memory(Base):
+    name = "memory"
+    def fit(self, train, valid, context): raise MemoryError
+
+class Slow(Base):
+    name = "slow"
+    def fit(self, train, valid, context):
+        context.report("training", 1, 9, loss=1.0)
+        time.sleep(float(os.environ.get("SLOW_SECONDS", "0")))
+
+class Fine(Base):
+    name = "fine"
+
+class Fragile(Metric):
+    name = "fragile"
+    higher_is_better = True
+    def compute(self, evaluation):
+        if os.environ.get("FRAGILE"): raise RuntimeError("no luck")
+        return Score(1.0)
+
+@hookimpl
+def imlbench_models(): return [Raises, Nan, Killed, Memory, Slow, Fine]
+
+@hookimpl
+def imlbench_metrics(): return [Fragile]
+'''
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """A folder with a third party's plugin on the path, and a function that runs imlbench there."""
+    site = tmp_path / "site"
+    (site / "troubles-1.0.dist-info").mkdir(parents=True)
+    (site / "troubles.py").write_text(PLUGIN)
+    (site / "troubles-1.0.dist-info" / "METADATA").write_text("Name: troubles\nVersion: 1.0\n")
+    (site / "troubles-1.0.dist-info" / "entry_points.txt").write_text(
+        "[imlbench]\ntroubles = troubles\n"
+    )
+
+    def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "imlbench", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(site), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    start.folder = tmp_path  # type: ignore[attr-defined]
+    return start
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    return {
+        job.read("config.json")["model"]: job.read("status.json")["status"]
+        for job in Store(folder / "results")
+    }
+
+
+def test_jobs_that_fail_are_recorded_and_the_others_go_on(outside):
+    models = "raises,nan,killed,memory,slow,fine"
+    code, out, err = finish(
+        outside(
+            "run", "--models", models, "--datasets", "digits", "--time-limit", "15",
+            "--metrics", "kde", SLOW_SECONDS="60",
+        )
+    )  # fmt: skip
+    assert code == 1, err
+    assert statuses(outside.folder) == {
+        "raises": "failed",
+        "nan": "diverged",
+        "killed": "out-of-memory",
+        "memory": "out-of-memory",
+        "slow": "timeout",
+        "fine": "done",
+    }
+    assert re.search(r"^fine ", out, re.MULTILINE)
+    assert "No result for nan, seed 0: diverged (training, epoch 3: loss is nan)." in out
+    assert "RuntimeError: it broke" in err
+    assert "Traceback" not in err
+    assert (
+        "Traceback" in next((outside.folder / "results/runs").glob("*raises*/log.txt")).read_text()
+    )
+
+
+def test_a_metric_that_fails_costs_neither_the_training_nor_the_other_metrics(outside):
+    run = ("run", "--models", "fine", "--datasets", "digits", "--metrics", "fragile,kde")
+    code, _, err = finish(outside(*run, FRAGILE="1"))
+    assert code == 1
+    assert "metric fragile failed: no luck" in err
+    (folder,) = Store(outside.folder / "results")
+    assert set(folder.scores()) == {"kde"}
+    trained = (folder.path / "checkpoint.safetensors").stat().st_mtime_ns
+    code, out, _ = finish(outside(*run))
+    assert code == 0
+    assert set(folder.scores()) == {"kde", "fragile"}
+    assert (folder.path / "checkpoint.safetensors").stat().st_mtime_ns == trained
+    assert "fragile" in out
+
+
+def test_an_interrupted_run_goes_on_with_what_is_missing(outside):
+    run = ("run", "--models", "fine,slow", "--datasets", "digits", "--metrics", "kde")
+    process = outside(*run, SLOW_SECONDS="60")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list(
+        (outside.folder / "results" / "runs").glob("digits-slow-*/config.json")
+    ):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130
+    assert "1 of 2 jobs are done; run again to go on" in err
+    assert statuses(outside.folder) == {"fine": "done", "slow": "interrupted"}
+    code, _, err = finish(outside(*run))
+    assert code == 0
+    assert "fine on digits, seed 0: done (reused)" in err
+    assert statuses(outside.folder) == {"fine": "done", "slow": "done"}
+
+
+def test_results_wait_for_a_tracking_server_that_is_away(outside):
+    run = ("run", "--models", "fine", "--datasets", "digits", "--metrics", "kde")
+    code, _, err = finish(outside(*run, MLFLOW_TRACKING_URI="http://127.0.0.1:9"))
+    assert "cannot be written to" in err
+    assert "the next run logs them" in err
+    assert statuses(outside.folder) == {"fine": "done"}
+    code, out, err = finish(outside(*run))
+    assert code == 0
+    assert "(reused)" in err
+    assert re.search(r"^fine ", out, re.MULTILINE)
+
+
+def test_force_runs_again(imlbench):
+    arguments = ("run", "--models", "vae", "--datasets", "digits", *QUICK, "--metrics", "kde")
+    assert imlbench(*arguments).exit_code == 0
+    trained = next(Path("results/runs").glob("*/checkpoint.safetensors")).stat().st_mtime_ns
+    assert imlbench(*arguments, "--force").exit_code == 0
+    again = next(Path("results/runs").glob("*/checkpoint.safetensors")).stat().st_mtime_ns
+    assert again > trained
+
+
+def test_plan_and_dry_run_print_the_jobs_and_write_nothing(imlbench):
+    planned = imlbench("plan", *SMALL[1:], "--seeds", "0..2")
+    assert planned.exit_code == 0
+    assert "iml-gmm on digits, seed 2: " in planned.output
+    assert "6 jobs" in planned.output
+    assert imlbench(*SMALL, "--seeds", "0..2", "--dry-run").output == planned.output
+    assert not Path("results").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "--models", "vea", "--datasets", "digits"), "Did you mean 'vae'?"),
+        (("run", "nothing"), "unknown benchmark 'nothing'"),
+        (("run", "--models", "vae"), "--datasets must be given"),
+        (("run", *SMALL[1:], "--device", "tpu"), "--device: must be one of auto, cpu"),
+        (("run", *SMALL[1:], "--results", "/proc/nowhere"), "must be a folder that can be written"),
+        (("run", "--models", "vae", "--datasets", "mnist", "--offline"), "MNIST/raw not found"),
+        (("run", *SMALL[1:], "--config", "none.toml"), "none.toml: cannot be read"),
+        (("leaderboard",), "there is none. Run some first"),
+        (("plugins", "vea"), "Did you mean 'vae'?"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_status_2(imlbench, monkeypatch, arguments, message):
+    monkeypatch.delenv("IMLBENCH_DATA", raising=False)
+    result = imlbench(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not list(Path.cwd().glob("results/runs/*/*"))
