@@ -67,7 +67,8 @@ class MNIST(Dataset):
         try:
             torchvision.datasets.MNIST(sources.cache_dir, download=True)
         except (OSError, RuntimeError) as error:
-            remedy = f"Download failed ({error}). Name a folder that has it by --data-dir."
+            reason = " ".join(str(error).split())
+            remedy = f"Download failed ({reason}). Name a folder that has it by --data-dir."
             raise sources.missing("mnist", "MNIST/raw", remedy) from error
         return sources.cache_dir / "MNIST" / "raw"
 
