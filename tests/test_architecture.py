@@ -17,7 +17,7 @@ LAYERS = (
     ["hookspecs"],
     ["registry", "store"],
     ["plan"],
-    ["densities", "training", "report"],
+    ["densities", "training", "networks", "report"],
     ["job"],
     ["runner", "tracking", "leaderboard", "describe", "testing"],
     ["progress"],
@@ -25,7 +25,7 @@ LAYERS = (
 )
 """From the ground up: a module may import its own layer's and lower ones, under its package."""
 
-PUBLIC = {"imlbench", "imlbench.training", "imlbench.densities"}
+PUBLIC = {"imlbench", "imlbench.training", "imlbench.networks", "imlbench.densities"}
 
 
 def imports_of(path: Path) -> set[str]:

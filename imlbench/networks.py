@@ -1,0 +1,117 @@
+"""The networks that plugins share: perceptrons, and the DC-GAN's for larger images."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from imlbench.api import Space
+
+
+def is_convolutional(space: Space) -> bool:
+    """Whether data call for convolutions: square images whose side is a power of two, at least 32.
+
+    Example:
+        >>> [is_convolutional(Space("image", (1, side, side))) for side in (8, 28, 64)]
+        [False, False, True]
+    """
+    if space.kind != "image":
+        return False
+    _, height, width = space.event_shape
+    return height == width and width >= 32 and math.log2(width).is_integer()
+
+
+def perceptron(*sizes: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
+    """Return linear layers of the given sizes with activations between them.
+
+    Example:
+        >>> perceptron(20, 600, 784)[2].out_features
+        784
+    """
+    layers: list[nn.Module] = []
+    for n_in, n_out in pairwise(sizes):
+        layers += [nn.Linear(n_in, n_out), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def convolutional_decoder(
+    latent_dim: int, space: Space, width: int = 128, *, batch_norm: bool
+) -> nn.Sequential:
+    r"""Return the DC-GAN's generator without its output activation (https://arxiv.org/abs/1511.06434).
+
+    A 4x4 map of ``8 * width`` channels for 64x64 images, then doublings of the side; ReLU between.
+
+    Arguments:
+        latent_dim: Number of input dimensions, K.
+        space: The space of the images.
+        width: Channels of the last hidden layer, d.
+        batch_norm: Normalise hidden layers, as the DC-GAN does.
+
+    Returns:
+        A module from (N, K) to :math:`(N, *event\_shape)`.
+    """
+    channels = _channels(space, width)[::-1]
+    layers: list[nn.Module] = [nn.Unflatten(1, (latent_dim, 1, 1))]
+    for index, n_out in enumerate(channels):
+        n_in, stride, padding = (channels[index - 1], 2, 1) if index else (latent_dim, 1, 0)
+        is_last = index == len(channels) - 1
+        use_norm = batch_norm and not is_last
+        layers.append(nn.ConvTranspose2d(n_in, n_out, 4, stride, padding, bias=not use_norm))
+        if use_norm:
+            layers.append(nn.BatchNorm2d(n_out))
+        if not is_last:
+            layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
+
+
+def convolutional_encoder(
+    space: Space, n_out: int, width: int = 128, *, batch_norm: bool
+) -> nn.Sequential:
+    r"""Return the mirror image of :func:`convolutional_decoder`: the DC-GAN's discriminator.
+
+    Leaky ReLU between; batch normalisation, if any, not after the first layer.
+
+    Arguments:
+        space: The space of the images.
+        n_out: Number of outputs.
+        width: Channels of the first hidden layer, d.
+        batch_norm: Normalise hidden layers, as the DC-GAN does.
+
+    Returns:
+        A module from :math:`(N, *event\_shape)` to (N, n_out).
+    """
+    channels = _channels(space, width)
+    layers: list[nn.Module] = []
+    for index, (n_in, n_next) in enumerate(pairwise(channels)):
+        use_norm = batch_norm and index > 0
+        layers.append(nn.Conv2d(n_in, n_next, 4, 2, 1, bias=not use_norm))
+        if use_norm:
+            layers.append(nn.BatchNorm2d(n_next))
+        layers.append(nn.LeakyReLU(0.2))
+    return nn.Sequential(*layers, nn.Conv2d(channels[-1], n_out, 4, 1, 0), nn.Flatten())
+
+
+def _channels(space: Space, width: int) -> list[int]:
+    """Return the channels from the image inwards to the 4x4 map."""
+    n_halvings = int(math.log2(space.event_shape[-1])) - 2
+    return [space.event_shape[0], *(width * 2**index for index in range(n_halvings))]
+
+
+class Bounded(nn.Module):
+    """Squashes real numbers into the value range of a space by tanh; no change if it has none.
+
+    Arguments:
+        space: The space of the data.
+    """
+
+    def __init__(self, space: Space) -> None:
+        super().__init__()
+        self.value_range = space.value_range
+
+    def forward(self, t: Tensor) -> Tensor:
+        if self.value_range is None:
+            return t
+        low, high = self.value_range
+        return low + (high - low) * (t.tanh() + 1) / 2
