@@ -283,6 +283,7 @@ class Model(nn.Module, ABC):
     ``log_prob_layerwise(x)``           the paper's sum over layers, nats, :math:`(N,)`
     ``log_prob_manifold(x)``            density on the decoder's manifold, nats, :math:`(N,)`
     ``sample_components(n, generator)`` samples, and the component :math:`(n,)` of each
+    ``effective_components()``          how many components a mixture uses, a number
     ==================================  ==============================================
 
     Arguments:
@@ -395,14 +396,14 @@ class Metric(ABC):
     Class attributes:
         name: Its name, everywhere.
         unit: Such as ``"nats"``; empty for a pure number.
-        higher_is_better: The direction.
+        higher_is_better: The direction; ``None`` for a number that is neither good nor bad.
         requires: Methods that the model must have, such as ``"log_prob"``.
         kinds: The kinds of data it makes sense for.
     """
 
     name: ClassVar[str]
     unit: ClassVar[str] = ""
-    higher_is_better: ClassVar[bool]
+    higher_is_better: ClassVar[bool | None]
     requires: ClassVar[frozenset[str]] = frozenset()
     kinds: ClassVar[frozenset[Kind]] = KINDS
 

@@ -71,12 +71,12 @@ class Column:
 
     name: str
     unit: str
-    higher_is_better: bool
+    higher_is_better: bool | None
 
     @property
     def arrow(self) -> str:
-        """The direction in which it is better."""
-        return "↑" if self.higher_is_better else "↓"
+        """The direction in which it is better, if there is one."""
+        return {True: " ↑", False: " ↓", None: ""}[self.higher_is_better]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Table:
     def best(self, column: Column) -> float | None:
         """Return the best mean of a column, or ``None`` if there is nothing to compare."""
         means = [row.cells[column.name].mean for row in self.rows if column.name in row.cells]
-        if len(means) < 2:
+        if len(means) < 2 or column.higher_is_better is None:
             return None
         return max(means) if column.higher_is_better else min(means)
 
@@ -352,7 +352,7 @@ def _tabulate(table: Table, columns: Sequence[Column], style: _Style, format: st
             column.name.replace("_", "_\n") if multiline and len(column.name) > 10 else column.name
         )
         unit = f"{separator}{column.unit}" if column.unit else ""
-        return style.escape(f"{name} {column.arrow}{unit}")
+        return style.escape(f"{name}{column.arrow}{unit}")
 
     def cell(row: Row, column: Column) -> str:
         if column.name not in row.cells:

@@ -19,7 +19,8 @@ LAYERS = (
     ["plan"],
     ["densities", "training", "networks", "report"],
     ["job"],
-    ["runner", "tracking", "leaderboard", "describe", "testing"],
+    ["testing"],
+    ["runner", "tracking", "leaderboard", "describe"],
     ["progress"],
     ["cli"],
 )

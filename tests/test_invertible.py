@@ -71,6 +71,18 @@ def test_inside_the_activations_are_the_usual_ones():
     torch.testing.assert_close(Sigmoid(0.0, 1.0)(t), t.sigmoid())
 
 
+def test_the_gradient_of_the_left_inverse_is_that_of_the_normal_equations():
+    """To rounding in float64: the implicit gradient is exact, not an approximation."""
+    layer = TallLinear(4, 7)
+    y, weights = normal(5, 7).requires_grad_(), normal(5, 4, scale=0.5)
+    inputs = [y, layer.weight, layer.bias]
+    gram = layer.weight.mT @ layer.weight
+    plain = torch.linalg.solve(gram, ((y - layer.bias) @ layer.weight).mT).mT
+    truth = torch.autograd.grad((plain * weights).sum(), inputs)
+    found = torch.autograd.grad((layer.inverse(y) * weights).sum(), inputs)
+    torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_encode_inverts_decode_for_any_latent(scale):
     network = perceptron(20, 600, 784)

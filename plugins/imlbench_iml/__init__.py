@@ -6,6 +6,6 @@ from imlbench import Model, hookimpl
 @hookimpl
 def imlbench_models() -> list[type[Model]]:
     """Return the model classes."""
-    from imlbench_iml.models import IMLGMM
+    from imlbench_iml.models import IMLDPGMM, IMLGMM, IMLGaussian
 
-    return [IMLGMM]
+    return [IMLGMM, IMLDPGMM, IMLGaussian]

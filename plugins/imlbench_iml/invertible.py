@@ -57,8 +57,15 @@ class TallLinear(Layer):
         return nn.functional.linear(a, self.weight, self.bias)
 
     def inverse(self, y: Tensor) -> Tensor:
-        projected = (y - self.bias) @ self.weight
-        return torch.cholesky_solve(projected.mT, self._gram_cholesky()).mT
+        """Solve the normal equations, then refine once.
+
+        The gradient flows through the refinement alone: by the implicit function theorem it is the
+        exact one, and the inverse of the Gram matrix needs none.
+        """
+        with torch.no_grad():
+            inverse_gram = torch.cholesky_inverse(self._gram_cholesky())
+            start = (y - self.bias) @ self.weight @ inverse_gram
+        return start + (y - self(start)) @ self.weight @ inverse_gram
 
     def log_volume(self, a: Tensor) -> Tensor:
         return self._gram_cholesky().diagonal().log().sum()
@@ -157,8 +164,12 @@ class InvertibleNetwork(nn.Module):
         event_shape: Shape of one example.
     """
 
+    has_volume = True
+
     def __init__(self, layers: list[Layer], event_shape: tuple[int, ...]) -> None:
         super().__init__()
+        linear = [layer.weight.shape for layer in layers if isinstance(layer, TallLinear)]
+        self.is_bijective = all(n_out == n_in for n_out, n_in in linear)
         self.layers = nn.ModuleList(layers)
         self.event_shape = event_shape
 
@@ -168,10 +179,18 @@ class InvertibleNetwork(nn.Module):
             h = layer(h)
         return h.unflatten(1, self.event_shape)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Map data to latents (N, K); data off the decoder's manifold are projected, by layers."""
-        h = x.flatten(1)
-        for layer in reversed(self.layers):
+    def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Map data to latents (N, K); data off the decoder's manifold are projected, by layers.
+
+        Arguments:
+            x: The data.
+            noise: Added to the inverse of the output activation, shape (N, D).
+        """
+        *inner, output = self.layers
+        h = output.inverse(x.flatten(1))
+        if noise is not None:
+            h = h + noise
+        for layer in reversed(inner):
             h = layer.inverse(h)
         return h
 

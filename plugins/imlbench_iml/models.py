@@ -13,31 +13,40 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from imlbench import Examples, FitContext, Model, ParameterError, Params, Space
-from imlbench.densities import Density, GaussianMixture
+from imlbench import Examples, FitContext, Kind, Model, ParameterError, Params, Space
+from imlbench.densities import Density, DirichletProcessMixture, Gaussian, GaussianMixture
+from imlbench.networks import is_convolutional
 from imlbench.training import OneCycleAdam, n_steps_for, train_epochs
-from imlbench_iml.invertible import InvertibleNetwork, Sigmoid, TallLinear, Tanh
+from imlbench_iml.autoencoders import make_autoencoder
 
 
 class IMLParams(Params):
     """Parameters of every IML model: those of the auto-encoder."""
 
     latent_dim: int | None = Field(None, ge=1)
-    """Number of latent dimensions, K; by default 20, or all there are if the data have fewer."""
+    """Number of latent dimensions, K; by default 20, for 64x64 images 100, and for data of fewer
+    dimensions all there are."""
     hidden_dim: int | None = Field(None, ge=1)
-    """Width of the hidden layer; by default 600, or as wide as the data if they are narrower."""
-    epochs: int = Field(25, ge=1)
+    """Width of the perceptron's hidden layer; by default 600, or as wide as narrower data."""
+    width: int = Field(128, ge=1)
+    """Channels of the widest images inside a convolutional network, d."""
+    epochs: int = Field(20, ge=1)
     """Passes of the auto-encoder over the training set."""
     batch_size: int = Field(500, ge=1)
     """Examples per step; fewer on small data, so that an epoch has at least 50 steps."""
-    learning_rate: float = Field(3e-3, gt=0)
-    """Peak of the one-cycle schedule of Adam."""
+    noise: float | None = Field(None, ge=0)
+    """Standard deviation of the noise that the perceptron's encoder must undo while it is trained,
+    added to the inverse of the output activation, where black is -5.6 and white 5.6; by default 4,
+    and 0 for other auto-encoders. Zero is the paper's plain reconstruction."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak of Adam's one-cycle schedule; by default 3e-3, for convolutions 5e-4."""
 
 
 class IML(Model):
     r"""Implicit maximum likelihood, in two stages.
 
-    1. An auto-encoder is trained: :math:`\min \sum_n \|f(f^{-1}(x_n)) - x_n\|^2`.
+    1. An auto-encoder is trained: :math:`\min \sum_n \|f(f^{-1}(x_n)) - x_n\|^2`; the perceptron's
+       encoder sees its input with noise, see :meth:`reconstruction_loss`.
     2. A base distribution is fitted to the embeddings: :math:`\max \sum_n \log p_0(f^{-1}(x_n))`.
 
     A sample is :math:`f(h)` with :math:`h \sim p_0`. The first stage is shared by all models of the
@@ -45,6 +54,7 @@ class IML(Model):
     """
 
     family = "iml"
+    kinds: frozenset[Kind] = frozenset({"vector", "image"})
     Params = IMLParams
 
     def __init__(self, params: Any, space: Space) -> None:
@@ -58,27 +68,46 @@ class IML(Model):
 
     @classmethod
     def resolve(cls, params: Any, space: Space) -> Any:
-        """Fill in the widths; both must fit into the data, or there is no left inverse."""
-        n_dims = space.n_dims
-        hidden = params.hidden_dim or min(600, n_dims)
-        latent = params.latent_dim or min(20, hidden)
-        if hidden > n_dims:
-            problem = f"must be at most {n_dims}, the number of dimensions; got {hidden}."
-            raise ParameterError("hidden_dim", problem)
-        if latent > hidden:
-            problem = f"must be at most {hidden}, the number of hidden units; got {latent}."
-            raise ParameterError("latent_dim", problem)
-        return params.model_copy(update={"hidden_dim": hidden, "latent_dim": latent})
+        """Fill in what depends on the data; sizes must fit into them, or nothing inverts."""
+        convolutional, dims = is_convolutional(space), space.n_dims
+        hidden, latent = params.hidden_dim, params.latent_dim
+        is_perceptron = not convolutional and space.kind != "vector"
+        if is_perceptron:
+            hidden = hidden or min(600, dims)
+            _require("hidden_dim", hidden, dims, "the dimensions of the data")
+        latent = latent or min(100 if convolutional else 20, hidden or dims, dims)
+        _require("latent_dim", latent, dims, "the dimensions of the data")
+        if is_perceptron:
+            _require("latent_dim", latent, hidden, "hidden_dim")
+        elif params.noise:
+            problem = f"must be 0 for {space.kind} data of this size; got {params.noise}."
+            raise ParameterError("noise", problem)
+        return params.model_copy(
+            update={
+                "hidden_dim": hidden,
+                "latent_dim": latent,
+                "noise": (4.0 if is_perceptron else 0.0) if params.noise is None else params.noise,
+                "learning_rate": params.learning_rate or (5e-4 if convolutional else 3e-3),
+            }
+        )
+
+    def can(self, capability: str) -> bool:
+        """Densities of the data need a decoder whose volume is known, exact ones a bijection."""
+        if capability in ("log_prob_layerwise", "log_prob_manifold"):
+            return self.autoencoder.has_volume
+        if capability == "log_prob":
+            return self.autoencoder.is_bijective
+        return super().can(capability)
 
     def fit(self, train: Examples, valid: Examples, context: FitContext) -> None:
         """Train the auto-encoder, unless it is known already, then fit the base distribution."""
-        settings = self.params.model_dump(include=set(IMLParams.model_fields))
-        context.fit_once(
-            "autoencoder",
-            self.autoencoder,
-            settings,
-            lambda: self._fit_autoencoder(train, context),
-        )
+        if not self.autoencoder.is_bijective:  # a bijection reconstructs whatever it is given
+            context.fit_once(
+                "autoencoder",
+                self.autoencoder,
+                self.params.model_dump(include=set(IMLParams.model_fields)),
+                lambda: self._fit_autoencoder(train, context),
+            )
         with torch.no_grad():
             h, h_valid = (self._embed(split) for split in (train, valid))
         self.density.fit(
@@ -94,9 +123,10 @@ class IML(Model):
         p = self.params
         n_steps = n_steps_for(len(train), p.batch_size, p.epochs)
         optimizer = OneCycleAdam(self.autoencoder.parameters(), p.learning_rate, n_steps)
+        generator = context.generator("noise")
 
         def step(x: Tensor) -> dict[str, Tensor]:
-            loss = self.reconstruction_loss(x)
+            loss = self.reconstruction_loss(x, generator)
             optimizer.step(loss)
             return {"loss": loss}
 
@@ -109,9 +139,20 @@ class IML(Model):
             stage="autoencoder",
         )
 
-    def reconstruction_loss(self, x: Tensor) -> Tensor:
-        """Return the squared error, summed over an example and averaged over the batch."""
-        return (self.decode(self.encode(x)) - x).square().sum() / len(x)
+    def reconstruction_loss(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the squared error, summed over an example and averaged over the batch.
+
+        With noise this is a denoising auto-encoder (Vincent et al., ICML 2008): the straight lines
+        of the inverse activation magnify what is invisible in a pixel a hundredfold, and the
+        encoder learns to ignore it. The base distribution is fitted to embeddings without noise.
+        """
+        if self.params.noise:
+            shape = (len(x), self.space.n_dims)
+            noise = torch.randn(shape, generator=generator, device=x.device)
+            h = self.autoencoder.encode(x, self.params.noise * noise)
+        else:
+            h = self.encode(x)
+        return (self.decode(h) - x).square().sum() / len(x)
 
     def _embed(self, split: Examples) -> Tensor:
         return torch.cat([self.encode(x) for x in split.batches(5000)])
@@ -137,6 +178,10 @@ class IML(Model):
         """Return the log-density of the latents of x, nats, (N,)."""
         return self.density.log_prob(self.encode(x))
 
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return the exact log-density of the data, by the change of variables, nats, (N,)."""
+        return self.log_prob_layerwise(x)
+
     def log_prob_layerwise(self, x: Tensor) -> Tensor:
         """Return the log-density with the layers' volumes added up, nats, (N,)."""
         h = self.encode(x)
@@ -149,21 +194,23 @@ class IML(Model):
         return self.density.log_prob(h) - torch.cat(volumes)
 
 
-def make_autoencoder(params: Any, space: Space) -> InvertibleNetwork:
-    """Return the invertible perceptron of the paper, for data of any shape.
+def _require(name: str, size: int, limit: int, what: str) -> None:
+    if size > limit:
+        raise ParameterError(name, f"must be at most {limit}, {what}; got {size}.")
 
-    Arguments:
-        params: Resolved parameters, with ``latent_dim`` and ``hidden_dim``.
-        space: The space of the data; sets the output's size and activation.
-    """
-    inner = [TallLinear(params.latent_dim, params.hidden_dim), Tanh()]
-    outer = [TallLinear(params.hidden_dim, space.n_dims)]
-    bounds = [Sigmoid(*space.value_range)] if space.value_range else []
-    return InvertibleNetwork([*inner, *outer, *bounds], space.event_shape)
+
+class IMLGaussian(IML):
+    """IML with one Gaussian as base distribution: what learning a richer one is compared with."""
+
+    name = "iml-gaussian"
+
+    def make_density(self) -> Density:
+        """Return a Gaussian with a full covariance."""
+        return Gaussian(self.params.latent_dim)
 
 
 class IMLGMM(IML):
-    """Invertible perceptron with a Gaussian mixture as base distribution."""
+    """IML with a mixture of Gaussians as base distribution."""
 
     name = "iml-gmm"
 
@@ -176,3 +223,39 @@ class IMLGMM(IML):
     def make_density(self) -> Density:
         """Return a mixture of full-covariance Gaussians."""
         return GaussianMixture(self.params.latent_dim, n_components=self.params.n_components)
+
+    def effective_components(self) -> float:
+        """Return how many components are in use: the perplexity of their weights."""
+        return perplexity(self.density.weights)
+
+
+class IMLDPGMM(IML):
+    """IML with a Dirichlet-process mixture of Gaussians, which finds the number of components."""
+
+    name = "iml-dpgmm"
+
+    class Params(IMLParams):
+        """Parameters of ``iml-dpgmm``."""
+
+        n_components: int = Field(60, ge=1)
+        """Truncation: the most components there can be, each with a full covariance."""
+
+    def make_density(self) -> Density:
+        """Return a Dirichlet-process mixture of full-covariance Gaussians."""
+        return DirichletProcessMixture(
+            self.params.latent_dim, n_components=self.params.n_components
+        )
+
+    def effective_components(self) -> float:
+        """Return how many components are in use: the perplexity of their weights."""
+        return perplexity(self.density.weights)
+
+
+def perplexity(weights: Tensor) -> float:
+    r"""Return :math:`\exp(-\sum_k w_k \log w_k)`, which is n for n equal weights.
+
+    Example:
+        >>> round(perplexity(torch.tensor([0.5, 0.5, 0.0])), 3)
+        2.0
+    """
+    return torch.special.entr(weights).sum().exp().item()

@@ -6,7 +6,7 @@ from imlbench import Metric, hookimpl
 @hookimpl
 def imlbench_metrics() -> list[type[Metric]]:
     """Return the metrics, the paper's main one first."""
-    from imlbench_metrics import kde, likelihood, reconstruction
+    from imlbench_metrics import components, kde, likelihood, reconstruction
 
     return [
         kde.PaperKDE,
@@ -17,4 +17,5 @@ def imlbench_metrics() -> list[type[Metric]]:
         likelihood.ManifoldLogLikelihood,
         likelihood.LayerwiseLogLikelihood,
         likelihood.BaseLogLikelihood,
+        components.EffectiveComponents,
     ]

@@ -10,12 +10,18 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from imlbench import Examples, FitContext, Model, Params, Space
+from imlbench import Examples, FitContext, Kind, Model, ParameterError, Params, Space
+from imlbench.networks import (
+    convolutional_decoder,
+    convolutional_encoder,
+    is_convolutional,
+    perceptron,
+)
 from imlbench.training import OneCycleAdam, n_steps_for, train_epochs
 
 
 class VAE(Model):
-    r"""Variational auto-encoder with one hidden layer, as in the paper: K-600-D and its mirror.
+    r"""Variational auto-encoder: a perceptron K-600-D and its mirror, or the DC-GAN's networks.
 
     It maximises the evidence lower bound
 
@@ -28,36 +34,52 @@ class VAE(Model):
 
     name = "vae"
     family = "vae"
-    kinds = frozenset({"vector", "image"})
+    kinds: frozenset[Kind] = frozenset({"vector", "image"})
 
     class Params(Params):
         """Parameters of ``vae``."""
 
-        latent_dim: int = Field(20, ge=1)
-        """Number of latent dimensions, K."""
+        latent_dim: int | None = Field(None, ge=1)
+        """Number of latent dimensions, K; by default 20, for 64x64 images 100, and never more than
+        the data have."""
         hidden_dim: int = Field(600, ge=1)
-        """Width of the hidden layers."""
+        """Width of the perceptrons' hidden layers."""
+        width: int = Field(128, ge=1)
+        """Channels of the widest images inside convolutional networks, d."""
         epochs: int = Field(25, ge=1)
         """Passes over the training set."""
         batch_size: int = Field(500, ge=1)
         """Examples per step; fewer on small data, so that an epoch has at least 50 steps."""
-        learning_rate: float = Field(3e-3, gt=0)
-        """Peak of the one-cycle schedule of Adam."""
+        learning_rate: float | None = Field(None, gt=0)
+        """Peak of Adam's one-cycle schedule; by default 3e-3, for convolutions 1e-3."""
 
     def __init__(self, params: Any, space: Space) -> None:
         super().__init__(params, space)
-        latent, hidden, dims = params.latent_dim, params.hidden_dim, space.n_dims
         self.is_bernoulli = space.value_range == (0.0, 1.0)
-        self.encoder = nn.Sequential(
-            nn.Flatten(), nn.Linear(dims, hidden), nn.Tanh(), nn.Linear(hidden, 2 * latent)
-        )
-        self.decoder = nn.Sequential(
-            nn.Linear(latent, hidden),
-            nn.Tanh(),
-            nn.Linear(hidden, dims),
-            nn.Unflatten(1, space.event_shape),
-        )
+        self.encoder, self.decoder = self._make_networks()
         self.log_scale = nn.Parameter(torch.zeros(()), requires_grad=not self.is_bernoulli)
+
+    def _make_networks(self) -> tuple[nn.Module, nn.Module]:
+        """Return an encoder to mean and log-variance, and a decoder without output activation."""
+        p, space = self.params, self.space
+        if is_convolutional(space):
+            encoder = convolutional_encoder(space, 2 * p.latent_dim, p.width, batch_norm=True)
+            return encoder, convolutional_decoder(p.latent_dim, space, p.width, batch_norm=True)
+        encoder = perceptron(space.n_dims, p.hidden_dim, 2 * p.latent_dim)
+        decoder = perceptron(p.latent_dim, p.hidden_dim, space.n_dims)
+        unflatten = nn.Unflatten(1, space.event_shape)
+        return nn.Sequential(nn.Flatten(), encoder), nn.Sequential(decoder, unflatten)
+
+    @classmethod
+    def resolve(cls, params: Any, space: Space) -> Any:
+        """Fill in latent dimensions and learning rate."""
+        convolutional = is_convolutional(space)
+        latent = params.latent_dim or min(100 if convolutional else 20, space.n_dims)
+        if latent > space.n_dims:
+            problem = f"must be at most {space.n_dims}, the dimensions of the data; got {latent}."
+            raise ParameterError("latent_dim", problem)
+        rate = params.learning_rate or (1e-3 if convolutional else 3e-3)
+        return params.model_copy(update={"latent_dim": latent, "learning_rate": rate})
 
     def fit(self, train: Examples, valid: Examples, context: FitContext) -> None:
         """Maximise the evidence lower bound by Adam."""

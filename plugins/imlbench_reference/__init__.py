@@ -1,0 +1,11 @@
+"""Reference rows: models so simple that they show what a metric's value is worth."""
+
+from imlbench import Model, hookimpl
+
+
+@hookimpl
+def imlbench_models() -> list[type[Model]]:
+    """Return the model classes."""
+    from imlbench_reference.reference import ReferenceGMM, ReferenceKMeans, ReferenceTrain
+
+    return [ReferenceTrain, ReferenceKMeans, ReferenceGMM]
