@@ -191,7 +191,8 @@ class Dataset(ABC):
     """A dataset plugin: a name, parameters, the space of its examples, and how to load them.
 
     Loading is deterministic: the same parameters and files give the same splits. A dataset whose
-    density is known may have a method ``log_prob(x) -> (N,)`` in nats.
+    distribution is known may have a method ``log_prob(x) -> (N,)`` in nats, and, if it is a
+    mixture, ``mode(x) -> (N,)``, the component that each point belongs to.
     """
 
     name: ClassVar[str]
@@ -212,6 +213,10 @@ class Dataset(ABC):
         Raises:
             DataError: Files are missing or damaged; the message names the file and the remedy.
         """
+
+    def can(self, capability: str) -> bool:
+        """Whether this dataset, with these parameters, has the named method."""
+        return callable(getattr(self, capability, None))
 
 
 class FitContext(ABC):
@@ -398,6 +403,7 @@ class Metric(ABC):
         unit: Such as ``"nats"``; empty for a pure number.
         higher_is_better: The direction; ``None`` for a number that is neither good nor bad.
         requires: Methods that the model must have, such as ``"log_prob"``.
+        requires_of_dataset: Methods that the dataset must have, such as ``"log_prob"``.
         kinds: The kinds of data it makes sense for.
     """
 
@@ -405,6 +411,7 @@ class Metric(ABC):
     unit: ClassVar[str] = ""
     higher_is_better: ClassVar[bool | None]
     requires: ClassVar[frozenset[str]] = frozenset()
+    requires_of_dataset: ClassVar[frozenset[str]] = frozenset()
     kinds: ClassVar[frozenset[Kind]] = KINDS
 
     @abstractmethod

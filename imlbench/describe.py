@@ -53,8 +53,9 @@ def describe_one(registry: Registry, name: str) -> str:
     lines = [f"{name}: {_summary(cls)}", f"from {registry.shipped_by(cls)}"]
     fields = cls.Params.model_fields if hasattr(cls, "Params") else {}
     for parameter, field in fields.items():
-        annotation = getattr(field.annotation, "__name__", None) or str(field.annotation)
-        kind = str(field.annotation) if "|" in str(field.annotation) else annotation
+        is_plain = isinstance(field.annotation, type) and "[" not in str(field.annotation)
+        kind = field.annotation.__name__ if is_plain else str(field.annotation)
+        kind = kind.replace("typing.", "")
         default = "from the data" if field.default is None else repr(field.default)
         text = " ".join((field.description or "").split())
         lines += ["", f"  {parameter} ({kind}, default {default})"]

@@ -6,6 +6,7 @@ fails never costs a training run, and a new metric needs no new samples.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -180,9 +181,13 @@ def _fit(model: Model, splits: Splits, context: JobContext, folder: JobFolder) -
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Peak of the device's memory, or of the process's if it is the CPU."""
+    """Peak of the device's memory, or of this process's if it is the CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    with contextlib.suppress(OSError):  # ru_maxrss would include the parent's peak on Linux
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -258,8 +263,14 @@ def _why_not(metric: Metric, evaluation: Evaluation) -> str:
     kind = evaluation.dataset.space.kind
     if kind not in metric.kinds:
         return f"not for {kind} data"
-    missing = sorted(need for need in metric.requires if not evaluation.model.can(need))
-    return f"the model has no {', '.join(missing)}" if missing else ""
+    for owner, what, needs in (
+        (evaluation.model, "model", metric.requires),
+        (evaluation.dataset, "dataset", metric.requires_of_dataset),
+    ):
+        missing = sorted(need for need in needs if not owner.can(need))
+        if missing:
+            return f"the {what} has no {', '.join(missing)}"
+    return ""
 
 
 def _record(metric: Metric, score: Score, folder: JobFolder) -> dict[str, Any]:

@@ -119,6 +119,7 @@ def mirror(data_dir, tmp_path, monkeypatch):
         resources.append((f"{name}.gz", _md5(content)))
     handler = functools.partial(_Quiet, directory=str(folder))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = False  # so that closing the server waits for them
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.delenv("IMLBENCH_DATA", raising=False)
     monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)

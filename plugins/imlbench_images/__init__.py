@@ -6,6 +6,6 @@ from imlbench import Dataset, hookimpl
 @hookimpl
 def imlbench_datasets() -> list[type[Dataset]]:
     """Return the dataset classes."""
-    from imlbench_images import digits, mnist
+    from imlbench_images import celeba, digits, mnist
 
-    return [digits.Digits, mnist.MNIST]
+    return [celeba.CelebA, digits.Digits, mnist.MNIST]

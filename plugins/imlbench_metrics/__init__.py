@@ -6,7 +6,7 @@ from imlbench import Metric, hookimpl
 @hookimpl
 def imlbench_metrics() -> list[type[Metric]]:
     """Return the metrics, the paper's main one first."""
-    from imlbench_metrics import components, kde, likelihood, reconstruction
+    from imlbench_metrics import calibration, components, kde, likelihood, reconstruction
 
     return [
         kde.PaperKDE,
@@ -17,5 +17,7 @@ def imlbench_metrics() -> list[type[Metric]]:
         likelihood.ManifoldLogLikelihood,
         likelihood.LayerwiseLogLikelihood,
         likelihood.BaseLogLikelihood,
+        calibration.LogLikelihoodGap,
+        calibration.ModesCovered,
         components.EffectiveComponents,
     ]
