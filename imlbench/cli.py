@@ -14,6 +14,7 @@ from imlbench.errors import UserError
 if TYPE_CHECKING:
     from imlbench.plan import Plan
     from imlbench.registry import Registry
+    from imlbench.tracking import Tracker
 
 CONFIG = Path("benchmarks.toml")
 
@@ -43,6 +44,11 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+_config = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="The file of named benchmarks.  [default: benchmarks.toml, if there]",
+)
 _results = click.option(
     "--results",
     type=click.Path(path_type=Path),
@@ -64,11 +70,7 @@ _plan_options = _options(
         help="A parameter of models or datasets; several values make a grid. Repeatable.",
     ),
     click.option("--epochs", help="Short for --set epochs=…"),
-    click.option(
-        "--config",
-        type=click.Path(path_type=Path),
-        help="The file of named benchmarks.  [default: benchmarks.toml, if there]",
-    ),
+    _config,
 )
 
 
@@ -152,7 +154,8 @@ def run(
     _warn(tracker.log_pending(list(store)))
     failed = [outcome for outcome in outcomes if outcome.status is not Status.DONE]
     if len(failed) < len(outcomes):
-        _print_leaderboard(tracker, "terminal", jobs=[job.id for job in plan.jobs])
+        jobs = [job.id for job in plan.jobs]
+        _print_leaderboard(tracker, "terminal", selection["config"], jobs=jobs)
     if failed:
         _warn([f"{len(failed)} of {len(outcomes)} jobs have no result; see the lines above."])
         sys.exit(1)
@@ -167,6 +170,7 @@ def plan(**selection: Any) -> None:
 
 @main.command()
 @_results
+@_config
 @click.option("--models", callback=_names, help="Only these: names or globs.")
 @click.option("--datasets", callback=_names, help="Only these: names or globs.")
 @click.option("--metric", "metrics", multiple=True, help="Only this column. Repeatable.")
@@ -178,7 +182,7 @@ def plan(**selection: Any) -> None:
     default="terminal",
     show_default=True,
 )
-def leaderboard(results: Path, format_: Any, **selection: Any) -> None:
+def leaderboard(results: Path, config: Path | None, format_: Any, **selection: Any) -> None:
     """Print a table per dataset of everything that was run."""
     from imlbench.store import Store
     from imlbench.tracking import Tracker
@@ -188,7 +192,7 @@ def leaderboard(results: Path, format_: Any, **selection: Any) -> None:
             f"--results: {results} must be a folder with results; there is none. "
             "Run some first, for example: imlbench run --models iml,vae --datasets digits"
         )
-    _print_leaderboard(Tracker(Store(results)), format_, **selection)
+    _print_leaderboard(Tracker(Store(results)), format_, config, **selection)
 
 
 @main.command()
@@ -222,10 +226,9 @@ def _make_plan(
 ) -> tuple[Plan, Registry]:
     from imlbench.config import make_benchmark
 
-    path = config or (CONFIG if CONFIG.exists() else None)
     chosen = make_benchmark(
         benchmark,
-        path,
+        _find_config(config),
         models=models,
         datasets=datasets,
         metrics=metrics,
@@ -236,6 +239,10 @@ def _make_plan(
 
     registry = _load_registry()
     return make_plan(chosen, registry), registry
+
+
+def _find_config(config: Path | None) -> Path | None:
+    return config or (CONFIG if CONFIG.exists() else None)
 
 
 def _print_plan(plan: Plan) -> None:
@@ -251,10 +258,15 @@ def _print_skips(plan: Plan) -> None:
         click.echo(f"skipped: {skip.model} on {skip.dataset}: {skip.reason}", err=True)
 
 
-def _print_leaderboard(tracker: Any, format_: Any, **selection: Any) -> None:
+def _print_leaderboard(
+    tracker: Tracker, format_: Any, config: Path | None, **selection: Any
+) -> None:
+    from imlbench.config import read_file
     from imlbench.leaderboard import make_tables, render
 
-    tables = make_tables(tracker.runs(), **selection)
+    path = _find_config(config)
+    published = read_file(path).published if path else None
+    tables = make_tables(tracker.runs(), published=published, **selection)
     width = None if sys.stdout.isatty() else 0
     click.echo(render(tables, format_, width=width))
 

@@ -59,6 +59,7 @@ class _File(BaseModel):
 
     defaults: _Table = _Table()
     benchmarks: dict[str, _Table] = {}
+    published: dict[str, dict[str, dict[str, float]]] = {}
 
 
 @dataclass(frozen=True)
@@ -108,21 +109,20 @@ class Benchmark:
     settings: tuple[Setting, ...]
 
 
-def read_benchmarks(path: Path) -> tuple[_Table, dict[str, _Table]]:
-    """Return the defaults and the named benchmarks of a TOML file.
+def read_file(path: Path) -> _File:
+    """Return the defaults, the named benchmarks, and the published values of a TOML file.
 
     Raises:
         UserError: Unreadable, malformed, or with unknown or invalid keys: all errors at once.
     """
     try:
-        file = _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not valid TOML: {error}.") from error
     except ValidationError as error:
         raise UserError(*(_table_error(path, problem) for problem in error.errors())) from error
-    return file.defaults, file.benchmarks
 
 
 def _table_error(path: Path, problem: Mapping[str, Any]) -> str:
@@ -130,7 +130,7 @@ def _table_error(path: Path, problem: Mapping[str, Any]) -> str:
     depth = 2 if loc[0] == "benchmarks" and len(loc) > 1 else 1
     table, key = ".".join(loc[:depth]), ".".join(loc[depth:])
     if problem["type"] == "extra_forbidden":
-        tables = ["defaults", "benchmarks"] if len(loc) == 1 else list(_Table.model_fields)
+        tables = list(_File.model_fields) if len(loc) == 1 else list(_Table.model_fields)
         where = f"[{table}]" if key else ""
         return f"{path} {where}: ".replace(" :", ":") + unknown("key", key or table, tables)
     return f"{path} [{table}] {key}: {constraint(problem)}"
@@ -167,7 +167,8 @@ def make_benchmark(
     Raises:
         UserError: Everything that is wrong, at once.
     """
-    defaults, named = read_benchmarks(path) if path else (_Table(), {})
+    file = read_file(path) if path else _File()
+    defaults, named = file.defaults, file.benchmarks
     errors: list[str] = []
     table = _Table()
     if name is not None:

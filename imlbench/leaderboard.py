@@ -6,7 +6,7 @@ import html
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -15,6 +15,9 @@ import pandas as pd
 from tabulate import tabulate
 
 from imlbench.errors import UserError, unknown
+
+Published = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Published values by dataset, metric, and label of the row."""
 
 Format = Literal["terminal", "github", "latex", "html", "csv", "json"]
 
@@ -56,13 +59,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One model with one set of parameters on one dataset."""
+    """One model with one set of parameters on one dataset; or, with n = 0, a published value."""
 
     model: str
     params: dict[str, str]
     n: int
     cells: dict[str, Cell]
-    fit_seconds: float
+    fit_seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Table:
         dataset: Its name, with parameters and fingerprint where tables must be told apart.
         rows: Best first.
         columns: The metrics.
-        notes: What the reader must know: jobs without a result, settings of metrics.
+        notes: What the reader must know: jobs without a result, settings of metrics, the machine.
     """
 
     dataset: str
@@ -97,7 +100,8 @@ class Table:
 
     def best(self, column: Column) -> float | None:
         """Return the best mean of a column, or ``None`` if there is nothing to compare."""
-        means = [row.cells[column.name].mean for row in self.rows if column.name in row.cells]
+        ours = [row for row in self.rows if row.n]
+        means = [row.cells[column.name].mean for row in ours if column.name in row.cells]
         if len(means) < 2 or column.higher_is_better is None:
             return None
         return max(means) if column.higher_is_better else min(means)
@@ -120,6 +124,7 @@ def make_tables(
     datasets: Sequence[str] = (),
     metrics: Sequence[str] = (),
     sort: str | None = None,
+    published: Published | None = None,
 ) -> list[Table]:
     """Aggregate runs over seeds.
 
@@ -130,6 +135,7 @@ def make_tables(
         datasets: Only these, by name or glob.
         metrics: Only these columns, by name or glob, in this order.
         sort: The metric that orders the rows; by default the first column.
+        published: Values from the literature, to stand beside ours.
 
     Raises:
         UserError: No finished run is left, or a name is unknown.
@@ -150,7 +156,8 @@ def make_tables(
         name = str(group["tags.imlbench.dataset"].iloc[0])
         if fingerprints[name] > 1:
             name = f"{name} ({_dataset_label(group)})"
-        tables.append(_make_table(name, group, metrics, sort))
+        theirs = (published or {}).get(str(group["tags.imlbench.dataset"].iloc[0]), {})
+        tables.append(_make_table(name, group, metrics, sort, theirs))
     return [table for table in tables if table.rows] or tables
 
 
@@ -177,7 +184,11 @@ def _dataset_label(group: pd.DataFrame) -> str:
 
 
 def _make_table(
-    dataset: str, group: pd.DataFrame, metrics: Sequence[str], sort: str | None
+    dataset: str,
+    group: pd.DataFrame,
+    metrics: Sequence[str],
+    sort: str | None,
+    published: Mapping[str, Mapping[str, float]],
 ) -> Table:
     done = group[group["tags.imlbench.status"] == "done"]
     columns = _columns(done, metrics)
@@ -187,6 +198,10 @@ def _make_table(
         _make_row(runs, params + sampling, columns)
         for _, runs in done.groupby(["tags.imlbench.model", *params, *sampling], dropna=False)
     ]
+    for label in dict.fromkeys(label for values in published.values() for label in values):
+        values = {name: Cell(v[label]) for name, v in published.items() if label in v}
+        if any(column.name in values for column in columns):
+            rows.append(Row(label, {}, 0, values, None))
     order = columns[0] if columns else None
     if sort is not None:
         by_name = {column.name: column for column in columns}
@@ -218,7 +233,7 @@ def _make_row(runs: pd.DataFrame, params: list[str], columns: Sequence[Column]) 
     named = {
         name.removeprefix("params.").removeprefix("model."): str(first[name])
         for name in params
-        if isinstance(first[name], str)
+        if isinstance(first[name], str) and first[name] != "None"
     }
     seconds = float(runs["metrics.fit_seconds"].mean())
     return Row(str(first["tags.imlbench.model"]), named, len(runs), cells, seconds)
@@ -257,7 +272,24 @@ def _notes(group: pd.DataFrame, columns: Sequence[Column]) -> list[str]:
         reason = run.get("tags.imlbench.reason")
         because = f" ({reason.splitlines()[0]})" if isinstance(reason, str) and reason else ""
         notes.append(f"No result for {what}: {run['tags.imlbench.status']}{because}.")
-    return notes
+    return [*notes, *_provenance(done)]
+
+
+def _provenance(done: pd.DataFrame) -> list[str]:
+    """Say with what, where and from which seeds the numbers came."""
+
+    def values(name: str) -> str:
+        column = f"tags.imlbench.{name}"
+        found = list(done[column].dropna().unique()) if column in done else []
+        return ", ".join(sorted(map(str, found))) or "unknown"
+
+    if not len(done):
+        return []
+    return [
+        f"Seeds {values('seed')}. Run by imlbench {values('version')} "
+        f"(commit {values('git_commit')}), torch {values('torch')}, "
+        f"on {values('device')} ({values('machine')}, threads: {values('n_threads')})."
+    ]
 
 
 @dataclass(frozen=True)
@@ -317,6 +349,8 @@ def _render(table: Table, style: _Style, width: int, format: str) -> str:
         shown.pop()
         body = _tabulate(table, shown, style, format)
     notes = [NOTE, *table.notes]
+    if format != "terminal":
+        notes += [f"{row.model}: {_assignments(row)}." for row in table.rows if row.params]
     if format == "terminal" and not width and table.rows:
         notes.insert(0, "* marks the best of a column.")
     hidden = [column.name for column in table.columns if column not in shown]
@@ -334,6 +368,10 @@ def _render(table: Table, style: _Style, width: int, format: str) -> str:
     return f"{style.title(style.escape(table.dataset))}\n{body}{gap}{text}".replace(
         "\n\n\n", "\n\n"
     )
+
+
+def _assignments(row: Row) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in row.params.items())
 
 
 def _widest(text: str) -> int:
@@ -365,9 +403,9 @@ def _tabulate(table: Table, columns: Sequence[Column], style: _Style, format: st
         [
             style.escape(row.model),
             *(style.escape(row.params.get(name, "–")) for name in params),
-            str(row.n),
+            str(row.n or style.escape("–")),
             *(cell(row, column) for column in columns),
-            f"{row.fit_seconds:.1f}" if row.fit_seconds < 10 else f"{row.fit_seconds:.0f}",
+            _seconds(row.fit_seconds) or style.escape("–"),
         ]
         for row in table.rows
     ]
@@ -386,6 +424,12 @@ def _tabulate(table: Table, columns: Sequence[Column], style: _Style, format: st
         disable_numparse=True,
         colalign=align if body else None,
     )
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds:.1f}" if seconds < 10 else f"{seconds:.0f}"
 
 
 def _records(table: Table) -> Iterable[dict[str, Any]]:
