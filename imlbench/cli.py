@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -247,8 +248,10 @@ def _find_config(config: Path | None) -> Path | None:
 
 def _print_plan(plan: Plan) -> None:
     for job in plan.jobs:
-        params = {**job.dataset_params, **job.model_params}
-        click.echo(f"{job}: {', '.join(f'{name}={value}' for name, value in params.items())}")
+        params = {**job.dataset_params, **job.model_params}.items()
+        text = ", ".join(f"{name}={value}" for name, value in params if value is not None)
+        click.echo(f"{job}:")
+        click.echo(textwrap.fill(text, 80, initial_indent="    ", subsequent_indent="    "))
     _print_skips(plan)
     click.echo(f"{len(plan.jobs)} jobs, {len(plan.skips)} pairs skipped.")
 

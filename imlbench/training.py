@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ def train_epochs(
     batch_size: int,
     context: FitContext,
     stage: str,
+    after_epoch: Callable[[int, int, Mapping[str, float]], None] | None = None,
 ) -> None:
     r"""Call ``step`` with shuffled batches, and report the mean of its values for every epoch.
 
@@ -73,6 +74,7 @@ def train_epochs(
         batch_size: Examples per step; see :func:`batch_size_for`.
         context: Given to :meth:`Model.fit`.
         stage: The name under which progress is reported.
+        after_epoch: Called with the epoch, the number of epochs, and the values reported.
 
     Raises:
         Diverged: A reported value is NaN or infinite.
@@ -91,3 +93,5 @@ def train_epochs(
             n_batches += 1
         means = {name: (total / n_batches).item() for name, total in totals.items()}
         context.report(stage, epoch, n_epochs, **means)
+        if after_epoch is not None:
+            after_epoch(epoch, n_epochs, means)

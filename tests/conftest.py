@@ -19,7 +19,7 @@ def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Keep every test away from the user's cache, tracking server and results."""
     monkeypatch.setenv("IMLBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # tiny networks: threads would only wait for each other
 
 
 @pytest.fixture

@@ -368,7 +368,7 @@ def test_force_runs_again(imlbench):
 def test_plan_and_dry_run_print_the_jobs_and_write_nothing(imlbench):
     planned = imlbench("plan", *SMALL[1:], "--seeds", "0..2")
     assert planned.exit_code == 0
-    assert "iml-gmm on digits, seed 2: " in planned.output
+    assert "iml-gmm on digits, seed 2:\n" in planned.output
     assert "6 jobs" in planned.output
     assert imlbench(*SMALL, "--seeds", "0..2", "--dry-run").output == planned.output
     assert not Path("results").exists()
