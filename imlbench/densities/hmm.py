@@ -1,0 +1,415 @@
+"""Hidden Markov models with diagonal Gaussian emissions: base distributions of sequences."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import one_hot
+
+from imlbench.densities.covariance import DiagonalNormal
+from imlbench.densities.draws import library_seed, normal
+from imlbench.densities.em import Init, LatentDensity
+from imlbench.densities.kmeans import kmeans
+
+_LEAST = 1e-100  # smaller transition probabilities count as this one; see GaussianHMM
+_UNVISITED = 1e-5  # expected points below which a state keeps its emissions
+_BLOCK = 1 << 22  # posterior probabilities held at once
+
+
+class Packed(NamedTuple):
+    """Recordings side by side: all first points, then all second points, and so on.
+
+    Arguments:
+        order: Row of the original points for every packed row, shape (N,).
+        starts: Where every step begins, and at last N; recordings are in order of falling length,
+            so the recordings that are still running at a step are the first ones.
+    """
+
+    order: Tensor
+    starts: list[int]
+
+    def steps(self) -> Iterator[tuple[int, int, int, int]]:
+        """For every step but the first: its rows, and the rows that lead to them."""
+        for (before, start), stop in zip(pairwise(self.starts), self.starts[2:], strict=False):
+            yield before, before + stop - start, start, stop
+
+
+def pack(lengths: Sequence[int], device: torch.device) -> Packed:
+    """Packs recordings that follow each other.
+
+    Example:
+        >>> packed = pack([1, 3], torch.device("cpu"))
+        >>> packed.order.tolist(), packed.starts
+        ([1, 0, 2, 3], [0, 2, 3, 4])
+    """
+    length = torch.tensor(lengths)
+    falling = length.sort(descending=True, stable=True).indices
+    first = (length.cumsum(0) - length)[falling]
+    step = torch.arange(int(length.max()))
+    running = (length[falling][None, :] > step[:, None]).nonzero()
+    index = first[running[:, 1]] + running[:, 0]
+    sizes = torch.bincount(running[:, 0])
+    return Packed(index.to(device), [0, *sizes.cumsum(0).tolist()])
+
+
+class Filtered(NamedTuple):
+    r"""The forward recursion's results in packed order, shape (N, C) but for the last.
+
+    Arguments:
+        likelihood: :math:`p(h_t \mid z_t)`, with 1 as every row's greatest.
+        predicted: :math:`p(z_t \mid h_1, \dots, h_{t-1})`.
+        filtered: :math:`p(z_t \mid h_1, \dots, h_t)`.
+        conditional: :math:`\log p(h_t \mid h_1, \dots, h_{t-1})`, shape (N,).
+    """
+
+    likelihood: Tensor
+    predicted: Tensor
+    filtered: Tensor
+    conditional: Tensor
+
+
+@dataclass(frozen=True)
+class HMMStatistics:
+    """Expected counts and moments of the states, about the origin of the emissions.
+
+    Arguments:
+        starts: Expected number of recordings that start in each state, shape (C,).
+        transitions: Expected number of transitions, shape (C, C).
+        moments: Responsibilities times 1, the points and their squares, shape (C, 1 + 2 K).
+    """
+
+    starts: Tensor
+    transitions: Tensor
+    moments: Tensor
+
+
+class GaussianHMM(LatentDensity[HMMStatistics]):
+    r"""A hidden Markov model whose states emit points of independent Gaussian coordinates.
+
+    .. math:: p(h_1, \dots, h_T) = \sum_{z} \pi_{z_1} \prod_{t=2}^{T} A_{z_{t-1} z_t}
+        \prod_{t=1}^{T} N(h_t; m_{z_t}, \mathrm{diag}(s_{z_t}))
+
+    The forward-backward recursions run over all recordings at once and are scaled, not in
+    logarithms. That is exact as long as no start or transition probability is below 1e-100: a
+    step's scale is then at least 1e-100, what it loses to underflow at most 1e-308, and no later
+    point can make a difference of 208 orders of magnitude good. Smaller probabilities, zeros too,
+    count as 1e-100, so a sequence that a model with zeros calls impossible has a tiny density
+    rather than none.
+
+    As in hmmlearn, :math:`s` is the expected sum of squares plus ``variance_prior``, over the
+    expected count. A state that is never visited keeps its mean, variances and transitions.
+
+    References:
+        | A Tutorial on Hidden Markov Models (Rabiner, 1989)
+        | https://doi.org/10.1109/5.18626
+
+    Arguments:
+        n_dims: The number of dimensions :math:`K`.
+        n_components: The number of states :math:`C`.
+        variance_prior: Added to every expected sum of squares, in squared units of the data.
+        transition_prior: Added to every expected count of starts and of transitions. With 0 and
+            few points per state, transitions that the training recordings lack die out, and
+            held-out recordings that have them get a very low density.
+        reg_covar: The least variance, in squared units of the data, at least 0.
+        max_iter: Most iterations.
+        tol: The fit stops when an iteration gains less than this, in nats per point.
+        n_init: Restarts of k-means; the best one is where the fit starts.
+        init: ``"kmeans"``, or ``"current"`` to start from the parameters that the density has.
+        backend: ``"torch"``, or ``"hmmlearn"`` to fit with that library's class, which ignores
+            ``valid``; everything else is the same.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> h = torch.randn(600, 1, generator=generator)
+        >>> h[::2] += 9.0
+        >>> hmm = GaussianHMM(1, n_components=2).fit(h, generator=generator, lengths=[200, 400])
+        >>> hmm.transitions.round(decimals=3).abs()
+        tensor([[0., 1.],
+                [1., 0.]], dtype=torch.float64)
+        >>> hmm.log_prob(h, lengths=[200, 400]).shape
+        torch.Size([600])
+    """
+
+    start: Tensor
+    transitions: Tensor
+    means: Tensor
+    variances: Tensor
+
+    def __init__(
+        self,
+        n_dims: int,
+        n_components: int = 300,
+        *,
+        variance_prior: float = 1e-2,
+        transition_prior: float = 0.0,
+        reg_covar: float = 1e-6,
+        max_iter: int = 50,
+        tol: float = 1e-3,
+        n_init: int = 1,
+        init: Init = "kmeans",
+        backend: Literal["torch", "hmmlearn"] = "torch",
+    ) -> None:
+        super().__init__(
+            n_dims,
+            n_components,
+            reg_covar=reg_covar,
+            max_iter=max_iter,
+            tol=tol,
+            n_init=n_init,
+            init=init,
+            backend=backend,
+            library="hmmlearn",
+        )
+        for name, prior in (
+            ("variance_prior", variance_prior),
+            ("transition_prior", transition_prior),
+        ):
+            if not 0 <= prior < torch.inf:
+                raise ValueError(
+                    f"GaussianHMM: {name} must be finite and at least 0; got {prior}. "
+                    f"Leave it out for hmmlearn's default."
+                )
+        self.variance_prior, self.transition_prior = variance_prior, transition_prior
+        c, double = n_components, torch.float64
+        self.register_buffer("start", torch.full((c,), 1 / c, dtype=double))
+        self.register_buffer("transitions", torch.full((c, c), 1 / c, dtype=double))
+        self.register_buffer("means", torch.zeros(c, n_dims, dtype=double))
+        self.register_buffer("variances", torch.ones(c, n_dims, dtype=double))
+
+    @classmethod
+    def from_parameters(
+        cls, start: Tensor, transitions: Tensor, means: Tensor, variances: Tensor, **options: Any
+    ) -> Self:
+        r"""Builds a model with the given parameters; fitting it starts from them.
+
+        Arguments:
+            start: :math:`\pi`, shape :math:`(C,)`, not negative, summing to one.
+            transitions: :math:`A`, shape :math:`(C, C)`, not negative, rows summing to one.
+            means: Shape :math:`(C, K)`.
+            variances: Shape :math:`(C, K)`, positive.
+            options: Further arguments of the constructor.
+
+        Returns:
+            The model, on the device of ``means``.
+
+        Raises:
+            ValueError: If shapes do not fit together, or values are not those of a model.
+        """
+        model = cls(means.shape[1], len(means), **{"init": "current", **options}).to(means.device)
+        where = f"{cls.__name__}.from_parameters"
+        given = {"start": start, "transitions": transitions, "means": means, "variances": variances}
+        for name, value in given.items():
+            expected = getattr(model, name).shape
+            if value.shape != expected or not bool(torch.isfinite(value).all()):
+                raise ValueError(
+                    f"{where}: {name} must be finite, of shape {tuple(expected)}; "
+                    f"got {tuple(value.shape)}. Check the number of states."
+                )
+            setattr(model, name, value.detach().double().clone())
+        for name in ("start", "transitions"):
+            value = getattr(model, name)
+            if bool((value < 0).any()) or bool((value.sum(-1) - 1).abs().max() > 1e-6):
+                raise ValueError(
+                    f"{where}: {name} must be at least 0 and sum to one; got sums from "
+                    f"{float(value.sum(-1).min()):g} to {float(value.sum(-1).max()):g}. "
+                    f"Divide by the sums."
+                )
+        if bool((model.variances <= 0).any()):
+            raise ValueError(
+                f"{where}: variances must be positive; got {float(model.variances.min()):g}. "
+                f"Give variances, not their logarithms."
+            )
+        return model
+
+    def extra_repr(self) -> str:
+        return f"n_dims={self.n_dims}, n_components={self.n_components}"
+
+    @torch.no_grad()
+    def log_prob(self, h: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        h = self._points("h", h)
+        checked = self._lengths("lengths", lengths, len(h))
+        return self._conditionals(h.to(self.device), checked).to(h.device)
+
+    @torch.no_grad()
+    def sample_components(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        n = self._at_least("n", n, 1)
+        uniform = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
+        cumulative = self.transitions.double().cumsum(1).cpu()
+        row, states = self.start.double().cumsum(0).cpu(), []
+        for u in uniform.cpu():
+            states.append(int(torch.searchsorted(row, u * row[-1], right=True)))
+            row = cumulative[states[-1]]
+        state = torch.tensor(states, device=self.device)
+        noise = normal((n, self.n_dims), generator, self.device)
+        return (self.means[state] + noise * self.variances[state].sqrt()).float(), state
+
+    def _groups(self, h: Tensor, lengths: list[int]) -> Iterator[tuple[slice, list[int]]]:
+        """Splits the recordings so that a group's posterior probabilities fit in memory."""
+        most = max(_BLOCK // self.n_components, 1)
+        begin, end, group = 0, 0, list[int]()
+        for length in lengths:
+            if group and end + length - begin > most:
+                yield slice(begin, end), group
+                begin, group = end, []
+            group.append(length)
+            end += length
+        yield slice(begin, end), group
+
+    def _conditionals(self, h: Tensor, lengths: list[int]) -> Tensor:
+        r"""Log-densities :math:`\log p(h_t \mid h_1, \dots, h_{t-1})`, shape (N,)."""
+        emissions = DiagonalNormal(self.means.double(), 1 / self.variances.double())
+        out = torch.empty(len(h), dtype=torch.float64, device=h.device)
+        for rows, group in self._groups(h, lengths):
+            packed = pack(group, h.device)
+            filtered = self._forward(emissions(h[rows][packed.order]), packed)
+            out[rows][packed.order] = filtered.conditional
+        return out
+
+    def _safe_parameters(self) -> tuple[Tensor, Tensor]:
+        """Start and transition probabilities, none so small that scaling would lose it."""
+        return self.start.double().clamp(min=_LEAST), self.transitions.double().clamp(min=_LEAST)
+
+    def _forward(self, emission: Tensor, packed: Packed) -> Filtered:
+        """Runs forward over log-densities of emissions (N, C), whose memory it reuses."""
+        start, transitions = self._safe_parameters()
+        peak = emission.amax(1)
+        likelihood = emission.sub_(peak[:, None]).exp_()
+        predicted, filtered = torch.empty_like(emission), torch.empty_like(emission)
+        total = torch.empty_like(peak)
+        predicted[: packed.starts[1]] = start
+        previous = slice(0, 0)
+        for begin, end in pairwise(packed.starts):
+            if begin:
+                before = filtered[previous][: end - begin]
+                torch.mm(before, transitions, out=predicted[begin:end])
+            joint = torch.mul(predicted[begin:end], likelihood[begin:end], out=filtered[begin:end])
+            total[begin:end] = joint.sum(1)
+            joint /= total[begin:end, None]
+            previous = slice(begin, end)
+        return Filtered(likelihood, predicted, filtered, total.log_().add_(peak))
+
+    def _backward(self, likelihood: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+        r"""Runs backward over likelihoods of emissions (N, C), whose memory it reuses.
+
+        Returns:
+            :math:`p(h_{t+1}, \dots, h_T \mid z_t)` and :math:`p(h_t, \dots, h_T \mid z_t)`, up to
+            a constant per row; both (N, C).
+        """
+        transitions = self._safe_parameters()[1].T
+        future, present = torch.ones_like(likelihood), likelihood
+        for before, before_end, begin, end in reversed(list(packed.steps())):
+            current = present[begin:end].mul_(future[begin:end])
+            current /= current.amax(1, keepdim=True)
+            torch.mm(current, transitions, out=future[before:before_end])
+        return future, present
+
+    def _posterior(
+        self, h: Tensor, packed: Packed, emissions: DiagonalNormal
+    ) -> tuple[Tensor, ...]:
+        """State probabilities (N, C), transition counts (C, C), log-likelihood of packed points."""
+        likelihood, predicted, filtered, conditional = self._forward(emissions(h), packed)
+        future, present = self._backward(likelihood, packed)
+        first = packed.starts[1]
+        present = present[first:]
+        present /= (predicted[first:] * present).sum(1, keepdim=True)
+        counts = torch.zeros_like(self.transitions)
+        if len(present):
+            now = torch.cat([filtered[a:b] for a, b, _, _ in packed.steps()])
+            counts = now.T @ present * self._safe_parameters()[1]
+        states = future.mul_(filtered)
+        states /= states.sum(1, keepdim=True)
+        return states, counts, conditional.sum()
+
+    def _prepare(self, h: Tensor) -> None:
+        self._origin = torch.stack([x.double().sum(0) for x in h.split(1 << 14)]).sum(0) / len(h)
+
+    def _moments(self, h: Tensor, states: Tensor) -> Tensor:
+        x = h.double() - self._origin
+        return states.T @ torch.cat([x.new_ones(len(x), 1), x, x.square()], dim=1)
+
+    def _initialise(self, h: Tensor, lengths: list[int], generator: Generator) -> None:
+        c = self.n_components
+        self.means = kmeans(h, c, generator=generator, n_init=self.n_init)
+        nearest = DiagonalNormal(self.means, torch.ones_like(self.means))
+        self.start, self.transitions = torch.full_like(self.start, 1 / c), self.transitions * 0
+        self.transitions += 1 / c
+        moments = torch.stack(
+            [
+                self._moments(block, one_hot(nearest(block).argmax(1), c).double())
+                for block in h.split(max(_BLOCK // c, 1))
+            ]
+        ).sum(0)
+        self._set_emissions(moments)
+
+    def _expectation(self, h: Tensor, lengths: list[int]) -> tuple[HMMStatistics, float]:
+        emissions = DiagonalNormal(self.means, 1 / self.variances)
+        start, counts = torch.zeros_like(self.start), torch.zeros_like(self.transitions)
+        moments = self.means.new_zeros(self.n_components, 1 + 2 * self.n_dims)
+        total = torch.zeros((), dtype=torch.float64, device=h.device)
+        for rows, group in self._groups(h, lengths):
+            packed = pack(group, h.device)
+            x = h[rows][packed.order]
+            states, pairs, log_likelihood = self._posterior(x, packed, emissions)
+            start += states[: packed.starts[1]].sum(0)
+            counts += pairs
+            moments += self._moments(x, states)
+            total += log_likelihood
+        return HMMStatistics(start, counts, moments), float(total) / len(h)
+
+    def _log_likelihood(self, h: Tensor, lengths: list[int]) -> float:
+        return float(self._conditionals(h, lengths).mean())
+
+    def _maximisation(self, statistics: HMMStatistics) -> None:
+        starts = statistics.starts + self.transition_prior
+        self.start = starts / starts.sum()
+        counts = statistics.transitions + self.transition_prior
+        leaving = counts.sum(1, keepdim=True)
+        self.transitions = torch.where(leaving > 0, counts / leaving, self.transitions)
+        self._set_emissions(statistics.moments)
+
+    def _set_emissions(self, moments: Tensor) -> None:
+        count, sums, squares = moments.split([1, self.n_dims, self.n_dims], dim=1)
+        visited = count > _UNVISITED
+        count = count.clamp(min=_UNVISITED)
+        means = sums / count
+        spread = (squares - means * sums).clamp(min=0)
+        variances = ((spread + self.variance_prior) / count).clamp(min=self.reg_covar)
+        variances = torch.maximum(variances, 1e-15 * squares / count + 1e-30)
+        self.means = torch.where(visited, means + self._origin, self.means)
+        self.variances = torch.where(visited, variances, self.variances)
+
+    def _fit_library(self, h: Tensor, lengths: list[int], generator: Generator) -> None:
+        from hmmlearn.hmm import GaussianHMM as Library
+
+        model = Library(
+            self.n_components,
+            covars_prior=self.variance_prior,
+            startprob_prior=1 + self.transition_prior,
+            transmat_prior=1 + self.transition_prior,
+            n_iter=self.max_iter,
+            tol=self.tol * len(h),
+            random_state=library_seed(generator),
+            implementation="scaling",
+            init_params="" if self.init == "current" else "stmc",
+        )
+        if self.init == "current":
+            model.n_features = self.n_dims
+            model.startprob_, model.transmat_ = (
+                self.start.cpu().numpy(),
+                self.transitions.cpu().numpy(),
+            )
+            model.means_, model.covars_ = self.means.cpu().numpy(), self.variances.cpu().numpy()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.fit(h.double().cpu().numpy(), lengths)
+        found = (model.startprob_, model.transmat_, model.means_, model._covars_)
+        for name, value in zip(("start", "transitions", "means", "variances"), found, strict=True):
+            setattr(self, name, torch.tensor(value, device=self.device))
+        self.log_likelihoods = [value / len(h) for value in model.monitor_.history]
+        self.n_iter, self.converged = model.monitor_.iter, bool(model.monitor_.converged)

@@ -1,0 +1,329 @@
+"""Gaussian mixtures, fitted by expectation-maximisation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal, Self
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import one_hot
+
+from imlbench.densities.covariance import COVARIANCES, DiagonalNormal, LogDensities, Moments
+from imlbench.densities.draws import categorical, library_seed, normal
+from imlbench.densities.em import Init, LatentDensity
+from imlbench.densities.kmeans import kmeans
+
+CovarianceType = Literal["full", "diag", "tied", "spherical"]
+
+_BLOCK_BYTES = 1 << 24  # of the widest intermediate of a block, on a CPU: what its caches hold
+_EMPTY = 1e-8  # a component with fewer points than this gets weight zero and keeps its shape
+
+
+class Mixture(LatentDensity[Moments]):
+    """What mixtures share: blocked evaluation, moments, and sampling.
+
+    The arguments are those of :class:`GaussianMixture`.
+    """
+
+    weights: Tensor
+    means: Tensor
+    covariances: Tensor
+    _origin: Tensor
+
+    def __init__(
+        self,
+        n_dims: int,
+        n_components: int,
+        *,
+        covariance_type: CovarianceType,
+        reg_covar: float,
+        max_iter: int,
+        tol: float,
+        n_init: int,
+        init: Init,
+        backend: Literal["torch", "sklearn"],
+    ) -> None:
+        super().__init__(
+            n_dims,
+            n_components,
+            reg_covar=reg_covar,
+            max_iter=max_iter,
+            tol=tol,
+            n_init=n_init,
+            init=init,
+            backend=backend,
+            library="sklearn",
+        )
+        self._one_of("covariance_type", covariance_type, tuple(COVARIANCES))
+        self.covariance_type = covariance_type
+        self._covariance = COVARIANCES[covariance_type]
+        double = torch.float64
+        self.register_buffer("weights", torch.full((n_components,), 1 / n_components, dtype=double))
+        self.register_buffer("means", torch.zeros(n_components, n_dims, dtype=double))
+        self.register_buffer("covariances", self._covariance.identity(n_components, n_dims))
+
+    def extra_repr(self) -> str:
+        return (
+            f"n_dims={self.n_dims}, n_components={self.n_components}, "
+            f"covariance_type={self.covariance_type!r}"
+        )
+
+    @torch.no_grad()
+    def log_prob(self, h: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        h = self._points("h", h)
+        joint = self._log_joint(torch.float64)
+        blocks = [joint(block.to(self.device)).logsumexp(1) for block in self._blocks(h)]
+        return torch.cat(blocks).to(h.device)
+
+    @torch.no_grad()
+    def responsibilities(self, h: Tensor) -> Tensor:
+        r"""Posterior probability of every component given a point, :math:`p(c \mid h_n)`.
+
+        Arguments:
+            h: Points, shape :math:`(N, K)`.
+
+        Returns:
+            Probabilities, shape :math:`(N, C)`, float64, on the device of ``h``.
+
+        Raises:
+            ValueError: If ``h`` has the wrong shape or is not finite.
+        """
+        h = self._points("h", h)
+        joint = self._log_joint(torch.float64)
+        blocks = [joint(block.to(self.device)).softmax(1) for block in self._blocks(h)]
+        return torch.cat(blocks).to(h.device)
+
+    @torch.no_grad()
+    def sample_components(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        n = self._at_least("n", n, 1)
+        components = categorical(self.weights.double(), n, generator).to(self.device)
+        noise = normal((n, self.n_dims), generator, self.device)
+        noise = self._covariance.colour(noise, components, self.covariances.double())
+        return (self.means[components] + noise).float(), components
+
+    def _log_joint(self, dtype: torch.dtype, log_weights: Tensor | None = None) -> LogDensities:
+        r"""Points → :math:`\log w_c N(h; m_c, \Sigma_c)`; products may be taken in ``dtype``."""
+        densities = self._covariance.log_densities(
+            self.means.double(), self.covariances.double(), dtype
+        )
+        offset = self.weights.double().log() if log_weights is None else log_weights
+        return lambda h: densities(h).add_(offset)
+
+    def _log_weights(self) -> Tensor:
+        """Log-weights for the E-step, shape (C,)."""
+        return self.weights.double().log()
+
+    def _penalty(self) -> float:
+        """What the criterion takes off the sum of the E-step's log-densities, in nats."""
+        return 0.0
+
+    def _blocks(self, h: Tensor) -> Iterator[Tensor]:
+        width = self.n_components * min(self.n_dims, 32) * 4
+        budget = _BLOCK_BYTES if h.device.type == "cpu" else 32 * _BLOCK_BYTES
+        return iter(h.split(min(max(budget // width, 64), 1 << 16)))
+
+    def _moments(self, h: Tensor, posterior: Callable[[Tensor], Tensor]) -> Moments:
+        """Moments of all points; ``posterior`` gives the responsibilities of a block."""
+        shape = self.n_components, self.n_dims
+        moments = Moments(
+            self._origin,
+            self._origin.new_zeros(self.n_components),
+            self._origin.new_zeros(shape),
+            self._covariance.zero_squares(*shape).to(h.device),
+        )
+        for block in self._blocks(h):
+            moments.add(block, posterior(block), self._covariance)
+        return moments
+
+    def _prepare(self, h: Tensor) -> None:
+        self._origin = torch.stack([x.double().sum(0) for x in self._blocks(h)]).sum(0) / len(h)
+
+    def _initialise(self, h: Tensor, lengths: list[int], generator: Generator) -> None:
+        self.means = kmeans(h, self.n_components, generator=generator, n_init=self.n_init)
+        nearest = DiagonalNormal(self.means, torch.ones_like(self.means))
+        self._maximisation(
+            self._moments(h, lambda x: one_hot(nearest(x).argmax(1), self.n_components).double())
+        )
+
+    def _take_over(self, model: Any) -> None:
+        """Copies what a fitted mixture of scikit-learn has found."""
+        for name in ("weights", "means", "covariances"):
+            value = torch.as_tensor(getattr(model, f"{name}_"), dtype=torch.float64)
+            setattr(self, name, value.clone().to(self.device))
+        self.log_likelihoods = [float(model.lower_bound_)]
+        self.n_iter, self.converged = int(model.n_iter_), bool(model.converged_)
+
+    def _expectation(self, h: Tensor, lengths: list[int]) -> tuple[Moments, float]:
+        joint = self._log_joint(h.dtype, self._log_weights())
+        total = torch.zeros((), dtype=torch.float64, device=h.device)
+
+        def posterior(block: Tensor) -> Tensor:
+            log_joint = joint(block)
+            log_density = log_joint.logsumexp(1, keepdim=True)
+            total.add_(log_density.sum())
+            return log_joint.sub_(log_density).exp_()
+
+        moments = self._moments(h, posterior)
+        return moments, (float(total) - self._penalty()) / len(h)
+
+    def _log_likelihood(self, h: Tensor, lengths: list[int]) -> float:
+        joint = self._log_joint(h.dtype)
+        return float(sum(joint(block).logsumexp(1).sum() for block in self._blocks(h))) / len(h)
+
+
+class GaussianMixture(Mixture):
+    r"""A mixture of Gaussians, fitted by expectation-maximisation.
+
+    .. math:: p(h) = \sum_{c=1}^{C} w_c \, N(h; m_c, \Sigma_c)
+
+    The products of the E-step run in the precision of the points, as long as its rounding does not
+    show; moments are always summed in float64 about the mean of the data. A component that loses
+    all its points gets weight zero.
+
+    References:
+        | Maximum Likelihood from Incomplete Data via the EM Algorithm (Dempster et al., 1977)
+        | https://www.jstor.org/stable/2984875
+
+    Arguments:
+        n_dims: The number of dimensions :math:`K`.
+        n_components: The number of components :math:`C`.
+        covariance_type: ``"full"``: ``covariances`` has shape :math:`(C, K, K)`; ``"diag"``:
+            :math:`(C, K)`; ``"tied"``, one for all components: :math:`(K, K)`; ``"spherical"``:
+            :math:`(C,)`.
+        reg_covar: What is added to every variance, in squared units of the data, at least 0.
+            Where a covariance is still not positive definite, more is added to it.
+        max_iter: Most iterations.
+        tol: The fit stops when an iteration gains less than this, in nats per point.
+        n_init: Restarts of k-means; the best one is where the fit starts.
+        init: ``"kmeans"``, or ``"current"`` to start from the parameters that the density has, from
+            :meth:`from_parameters`, ``load_state_dict`` or an earlier fit.
+        backend: ``"torch"``, or ``"sklearn"`` to fit with scikit-learn's class, which ignores
+            ``valid``; everything else is the same.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> h = torch.randn(1000, 2, generator=generator)
+        >>> h[:300] += 8.0
+        >>> mixture = GaussianMixture(2, n_components=2).fit(h, generator=generator)
+        >>> mixture.weights.sort().values
+        tensor([0.3000, 0.7000], dtype=torch.float64)
+        >>> mixture.sample(5, generator).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        n_dims: int,
+        n_components: int = 30,
+        *,
+        covariance_type: CovarianceType = "full",
+        reg_covar: float = 1e-6,
+        max_iter: int = 100,
+        tol: float = 1e-3,
+        n_init: int = 1,
+        init: Init = "kmeans",
+        backend: Literal["torch", "sklearn"] = "torch",
+    ) -> None:
+        super().__init__(
+            n_dims,
+            n_components,
+            covariance_type=covariance_type,
+            reg_covar=reg_covar,
+            max_iter=max_iter,
+            tol=tol,
+            n_init=n_init,
+            init=init,
+            backend=backend,
+        )
+
+    @classmethod
+    def from_parameters(
+        cls,
+        weights: Tensor,
+        means: Tensor,
+        covariances: Tensor,
+        *,
+        covariance_type: CovarianceType = "full",
+        **options: Any,
+    ) -> Self:
+        r"""Builds a mixture with the given parameters; fitting it starts from them.
+
+        Arguments:
+            weights: Shape :math:`(C,)`, not negative; normalised to sum to one.
+            means: Shape :math:`(C, K)`.
+            covariances: In the shape that belongs to ``covariance_type``, positive definite.
+            covariance_type: As in the constructor.
+            options: Further arguments of the constructor.
+
+        Returns:
+            The mixture, on the device of ``means``.
+
+        Raises:
+            ValueError: If shapes do not fit together, or values are not those of a mixture.
+        """
+        mixture = cls(
+            means.shape[1],
+            len(means),
+            covariance_type=covariance_type,
+            **{"init": "current", **options},
+        ).to(means.device)
+        given = {"weights": weights, "means": means, "covariances": covariances}
+        for name, value in given.items():
+            expected = getattr(mixture, name).shape
+            if value.shape != expected or not bool(torch.isfinite(value).all()):
+                raise ValueError(
+                    f"{cls.__name__}.from_parameters: {name} must be finite, of shape "
+                    f"{tuple(expected)}; got {tuple(value.shape)}. Check covariance_type."
+                )
+            setattr(mixture, name, value.detach().double().clone())
+        if bool((mixture.weights < 0).any()) or not bool(mixture.weights.sum() > 0):
+            raise ValueError(
+                f"{cls.__name__}.from_parameters: weights must be at least 0 and not all 0; "
+                f"got {weights.tolist()}. Normalise counts of points."
+            )
+        mixture.weights /= mixture.weights.sum()
+        if not mixture._covariance.is_positive(mixture.covariances):
+            raise ValueError(
+                f"{cls.__name__}.from_parameters: covariances must be positive definite; got one "
+                f"that is not. Add a small number to its diagonal."
+            )
+        return mixture
+
+    def _maximisation(self, statistics: Moments) -> None:
+        counts = statistics.counts
+        kept = counts > _EMPTY
+        safe = replace(statistics, counts=counts.clamp(min=_EMPTY))
+        means = safe.sums / safe.counts[:, None]
+        covariances = self._covariance.estimate(safe, means, self.reg_covar)
+        self.weights = counts / counts.sum()
+        self.means = torch.where(kept[:, None], means + statistics.origin, self.means)
+        self.covariances = self._covariance.keep(kept, covariances, self.covariances)
+
+    def _fit_library(self, h: Tensor, lengths: list[int], generator: Generator) -> None:
+        from sklearn import mixture
+        from sklearn.exceptions import ConvergenceWarning
+
+        start = {}
+        if self.init == "current":
+            start = {
+                "weights_init": self.weights.cpu().numpy(),
+                "means_init": self.means.cpu().numpy(),
+                "precisions_init": self._covariance.invert(self.covariances).cpu().numpy(),
+            }
+        model = mixture.GaussianMixture(
+            self.n_components,
+            covariance_type=self.covariance_type,
+            tol=max(self.tol, 0.0),
+            reg_covar=self.reg_covar,
+            max_iter=self.max_iter,
+            n_init=self.n_init,
+            random_state=library_seed(generator),
+            **start,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(h.double().cpu().numpy())
+        self._take_over(model)
