@@ -30,7 +30,7 @@ class IMLParams(Params):
     """Width of the perceptron's hidden layer; by default 600, or as wide as narrower data."""
     width: int = Field(128, ge=1)
     """Channels of the widest images inside a convolutional network, d."""
-    epochs: int = Field(20, ge=1)
+    epochs: int = Field(18, ge=1)
     """Passes of the auto-encoder over the training set."""
     batch_size: int = Field(500, ge=1)
     """Examples per step; fewer on small data, so that an epoch has at least 50 steps."""

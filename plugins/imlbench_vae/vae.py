@@ -46,7 +46,7 @@ class VAE(Model):
         """Width of the perceptrons' hidden layers."""
         width: int = Field(128, ge=1)
         """Channels of the widest images inside convolutional networks, d."""
-        epochs: int = Field(25, ge=1)
+        epochs: int = Field(20, ge=1)
         """Passes over the training set."""
         batch_size: int = Field(500, ge=1)
         """Examples per step; fewer on small data, so that an epoch has at least 50 steps."""
