@@ -101,6 +101,8 @@ class IML(Model):
 
     def fit(self, train: Examples, valid: Examples, context: FitContext) -> None:
         """Train the auto-encoder, unless it is known already, then fit the base distribution."""
+        n_components = getattr(self.params, "n_components", 1)
+        _require("n_components", n_components, len(train), "the number of training examples")
         if not self.autoencoder.is_bijective:  # a bijection reconstructs whatever it is given
             context.fit_once(
                 "autoencoder",
