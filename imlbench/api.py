@@ -192,7 +192,8 @@ class Dataset(ABC):
 
     Loading is deterministic: the same parameters and files give the same splits. A dataset whose
     distribution is known may have a method ``log_prob(x) -> (N,)`` in nats, and, if it is a
-    mixture, ``mode(x) -> (N,)``, the component that each point belongs to.
+    mixture, ``mode(x) -> (N,)``, the component that each point belongs to. A method
+    ``draw(evaluation, folder)`` may write figures or audio of its own into a job's folder.
     """
 
     name: ClassVar[str]

@@ -38,6 +38,8 @@ def draw_figures(evaluation: Evaluation, folder: Path) -> None:
     ``latents.png``           embeddings and the components' ellipses (K = 2, Fig. 2)
     ========================  ==================================================================
 
+    A dataset may add its own.
+
     Arguments:
         evaluation: The fitted model, its samples, and the data.
         folder: Made if it does not exist.
@@ -56,6 +58,9 @@ def draw_figures(evaluation: Evaluation, folder: Path) -> None:
         _draw_plane(evaluation, folder / "plane.png")
     elif has_latents and _latents(evaluation, evaluation.splits.test[:1]).shape[1] == 2:
         _draw_latents(evaluation, folder / "latents.png")
+    if evaluation.dataset.can("draw"):
+        dataset: Any = evaluation.dataset
+        dataset.draw(evaluation, folder)
 
 
 def write_grid(images: Tensor, space: Space, path: Path, *, n_columns: int) -> None:
