@@ -6,6 +6,7 @@ import html
 import json
 import math
 import shutil
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -253,26 +254,35 @@ def _columns(done: pd.DataFrame, metrics: Sequence[str]) -> list[Column]:
 
 
 def _notes(group: pd.DataFrame, columns: Sequence[Column]) -> list[str]:
-    notes = []
     done = group[group["tags.imlbench.status"] == "done"]
-    for column in columns:
-        told: dict[str, list[str]] = {}
-        for model, text in zip(
-            done["tags.imlbench.model"], done["tags.imlbench.scores"], strict=True
-        ):
-            settings = json.loads(text).get(column.name, {}).get("settings", {})
-            label = ", ".join(f"{key} = {value}" for key, value in settings.items())
-            if label and model not in told.setdefault(label, []):
-                told[label].append(model)
-        for label, models in told.items():
-            which = f" ({', '.join(models)})" if len(told) > 1 else ""
-            notes.append(f"{column.name}: {label}{which}.")
+    notes = _settings(done, columns)
     for _, run in group[group["tags.imlbench.status"] != "done"].iterrows():
         what = f"{run['tags.imlbench.model']}, seed {run['tags.imlbench.seed']}"
         reason = run.get("tags.imlbench.reason")
         because = f" ({reason.splitlines()[0]})" if isinstance(reason, str) and reason else ""
         notes.append(f"No result for {what}: {run['tags.imlbench.status']}{because}.")
     return [*notes, *_provenance(done)]
+
+
+def _settings(done: pd.DataFrame, columns: Sequence[Column]) -> list[str]:
+    """Say what the numbers depend on; metrics and models with the same settings share a line."""
+    metrics_of: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for column in columns:
+        models_of: dict[str, list[str]] = {}
+        for model, text in zip(
+            done["tags.imlbench.model"], done["tags.imlbench.scores"], strict=True
+        ):
+            settings = json.loads(text).get(column.name, {}).get("settings", {})
+            label = ", ".join(f"{key} = {value}" for key, value in settings.items())
+            if label and model not in models_of.setdefault(label, []):
+                models_of[label].append(model)
+        for label, models in models_of.items():
+            which = tuple(models) if len(models_of) > 1 else ()
+            metrics_of.setdefault((label, which), []).append(column.name)
+    return [
+        f"{', '.join(names)}{' of ' if which else ''}{', '.join(which)}: {label}."
+        for (label, which), names in metrics_of.items()
+    ]
 
 
 def _provenance(done: pd.DataFrame) -> list[str]:
@@ -285,9 +295,10 @@ def _provenance(done: pd.DataFrame) -> list[str]:
 
     if not len(done):
         return []
+    commit = values("git_commit")
     return [
-        f"Seeds {values('seed')}. Run by imlbench {values('version')} "
-        f"(commit {values('git_commit')}), torch {values('torch')}, "
+        f"Seeds {values('seed')}. Run by imlbench {values('version')}"
+        f"{'' if commit == 'unknown' else f' (commit {commit})'}, torch {values('torch')}, "
         f"on {values('device')} ({values('machine')}, threads: {values('n_threads')})."
     ]
 
@@ -363,6 +374,8 @@ def _render(table: Table, style: _Style, width: int, format: str) -> str:
     elif format == "latex":
         text = "\n".join(f"% {note}" for note in notes)
     else:
+        if width:
+            notes = [textwrap.fill(note, width, subsequent_indent="  ") for note in notes]
         text = ("\n\n" if format == "github" else "\n").join(notes)
     gap = "\n\n" if format == "github" else "\n"
     return f"{style.title(style.escape(table.dataset))}\n{body}{gap}{text}".replace(

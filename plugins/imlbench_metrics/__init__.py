@@ -10,14 +10,14 @@ def imlbench_metrics() -> list[type[Metric]]:
 
     return [
         kde.PaperKDE,
+        likelihood.LogLikelihood,
+        calibration.LogLikelihoodGap,
+        likelihood.ManifoldLogLikelihood,
+        reconstruction.ReconstructionError,
+        calibration.ModesCovered,
         kde.KDE,
         kde.TunedKDE,
-        reconstruction.ReconstructionError,
-        likelihood.LogLikelihood,
-        likelihood.ManifoldLogLikelihood,
         likelihood.LayerwiseLogLikelihood,
         likelihood.BaseLogLikelihood,
-        calibration.LogLikelihoodGap,
-        calibration.ModesCovered,
         components.EffectiveComponents,
     ]

@@ -1,0 +1,11 @@
+"""Audio: spoken digits, a violin, and a synthetic stand-in for one."""
+
+from imlbench import Dataset, hookimpl
+
+
+@hookimpl
+def imlbench_datasets() -> list[type[Dataset]]:
+    """Return the dataset classes."""
+    from imlbench_audio import spoken_digits, violin
+
+    return [spoken_digits.SpokenDigits, violin.SynthViolin, violin.Violin]
