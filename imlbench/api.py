@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -179,7 +180,11 @@ class Sources:
 
     def find(self, relative: str) -> Path | None:
         """Return the first existing ``folder / relative``, or ``None``."""
-        return next((d / relative for d in self.directories if (d / relative).exists()), None)
+        for path in (folder / relative for folder in self.directories):
+            with contextlib.suppress(OSError):  # a folder that may not be searched
+                if path.exists():
+                    return path
+        return None
 
     def missing(self, dataset: str, relative: str, remedy: str) -> DataError:
         """Return the error that says where ``relative`` was looked for, and what to do."""

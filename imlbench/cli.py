@@ -148,15 +148,20 @@ def run(
                 if not outcome.reused:
                     tracker.log_pending([store.folder(outcome.job.id)])
     except KeyboardInterrupt:
-        _warn(tracker.log_pending(list(store)))
+        tracker.log_pending(store)
         done = sum(outcome.status is Status.DONE for outcome in outcomes)
         _warn([f"interrupted: {done} of {len(plan.jobs)} jobs are done; run again to go on."])
         sys.exit(130)
-    _warn(tracker.log_pending(list(store)))
+    tracker.log_pending(store)
+    if tracker.problem:
+        _warn([tracker.problem])
     failed = [outcome for outcome in outcomes if outcome.status is not Status.DONE]
-    if len(failed) < len(outcomes):
-        jobs = [job.id for job in plan.jobs]
+    jobs = [job.id for job in plan.jobs]
+    try:
         _print_leaderboard(tracker, "terminal", selection["config"], jobs=jobs)
+    except UserError as error:  # no result, or no tracking server: no mistake in the request
+        if not tracker.problem:
+            _warn(error.messages)
     if failed:
         _warn([f"{len(failed)} of {len(outcomes)} jobs have no result; see the lines above."])
         sys.exit(1)

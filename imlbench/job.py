@@ -16,10 +16,10 @@ import random
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,23 @@ class JobContext(FitContext):
         device: Where to compute.
         stages: The folder of the cache.
         report: Called with every event.
+        refit_before: Stages that were fitted before this time are fitted again.
     """
 
-    def __init__(self, job: Job, device: torch.device, stages: Path, report: Report) -> None:
+    def __init__(
+        self,
+        job: Job,
+        device: torch.device,
+        stages: Path,
+        report: Report,
+        refit_before: float = 0.0,
+    ) -> None:
         self.device, self.seed = device, job.seed
         self._identity = {"code": job.code[0], "data": job.fingerprint, "seed": job.seed}
-        self._stages, self._report = stages, report
+        self._stages, self._report, self._refit_before = stages, report, refit_before
         self.history: list[dict[str, Any]] = []
-        self.seconds_saved = 0.0
+        self.seconds_reused = 0.0
+        self.seconds_waited = 0.0
 
     def generator(self, purpose: str, device: torch.device | str | None = None) -> torch.Generator:
         generator = torch.Generator(device or self.device)
@@ -90,6 +99,20 @@ class JobContext(FitContext):
         self.history.append(record)
         self._report({"event": "progress", **record})
 
+    def _load_stage(self, facts: Path, tensors: Path, module: nn.Module) -> bool:
+        """Load a stage that is there, whole, and not to be fitted again."""
+        if not facts.exists() or facts.stat().st_mtime < self._refit_before:
+            return False
+        try:
+            saved = json.loads(facts.read_text(encoding="utf-8"))
+            module.load_state_dict(read_tensors(tensors))
+        except Exception:  # whatever is wrong with the files, fitting again mends it
+            logger.exception("the stage in %s cannot be read and is fitted again", tensors)
+            return False
+        self.history += saved["history"]
+        self.seconds_reused += saved["seconds"]
+        return True
+
     def fit_once(
         self, stage: str, module: nn.Module, settings: Mapping[str, Any], fit: Callable[[], None]
     ) -> None:
@@ -97,13 +120,10 @@ class JobContext(FitContext):
         name = f"{stage}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         self._stages.mkdir(parents=True, exist_ok=True)
         facts, tensors = self._stages / f"{name}.json", self._stages / f"{name}.safetensors"
+        waiting = time.perf_counter()
         with FileLock(self._stages / f"{name}.lock"):
-            if facts.exists():
-                saved = json.loads(facts.read_text(encoding="utf-8"))
-                module.load_state_dict(read_tensors(tensors))
-                self.history += saved["history"]
-                self.seconds_saved += saved["seconds"]
-                self._report({"event": "reused", "stage": stage})
+            self.seconds_waited += time.perf_counter() - waiting
+            if self._load_stage(facts, tensors, module):
                 return
             start, n_records = time.perf_counter(), len(self.history)
             fit()
@@ -118,31 +138,42 @@ def run_job(
     folder: JobFolder,
     registry: Registry,
     *,
-    metrics: Sequence[str],
+    metrics: Mapping[str, str],
     stages: Path,
     sources: Sources,
     device: torch.device,
     report: Report = lambda event: None,
+    refit_before: float = 0.0,
 ) -> None:
     """Bring a job's folder up to date: whatever is missing is computed.
+
+    Arguments:
+        job: The job.
+        folder: Its folder.
+        registry: Where its model and dataset are.
+        metrics: Names of metrics, and their code, by which a score is known to be up to date.
+        stages: The folder of shared stages.
+        sources: Where the data are.
+        device: Where to compute.
+        report: Called with every event.
+        refit_before: Stages that were fitted before this time are fitted again.
 
     Raises:
         Diverged: Training failed numerically.
         DataError: The data are missing or damaged.
         Exception: Whatever a plugin raises.
     """
-    folder.write("config.json", {**asdict(job), "id": job.id})
     model_cls, dataset_cls = registry.models[job.model], registry.datasets[job.dataset]
     dataset = dataset_cls(dataset_cls.Params(**job.dataset_params))
     report({"event": "step", "step": "load"})
     splits = dataset.load(sources)
     if splits.fingerprint != job.fingerprint:
         raise DataError(f"dataset {job.dataset}: its files changed during the run. Run again.")
-    with seeded(job.seed):
+    with seeded(derive_seed(job.seed, "initialisation")):
         model = model_cls(model_cls.Params(**job.model_params), dataset.space).to(device)
     if not folder.read("fit.json"):
         report({"event": "step", "step": "fit"})
-        context = JobContext(job, device, stages, report)
+        context = JobContext(job, device, stages, report, refit_before)
         _fit(model, splits, context, folder)
     model.load_state_dict(read_tensors(folder.path / "checkpoint.safetensors"))
     model.eval().requires_grad_(False)
@@ -150,8 +181,8 @@ def run_job(
     samples = _samples(job, model, folder, device)
     evaluation = Evaluation(dataset, splits, samples, model, device)
     report({"event": "step", "step": "score"})
-    _score(evaluation, [registry.metrics[name]() for name in metrics], folder, job.seed)
-    _draw(evaluation, folder, job.seed)
+    _score(evaluation, [(registry.metrics[name](), metrics[name]) for name in metrics], folder)
+    _draw(evaluation, folder)
 
 
 def _fit(model: Model, splits: Splits, context: JobContext, folder: JobFolder) -> None:
@@ -160,16 +191,16 @@ def _fit(model: Model, splits: Splits, context: JobContext, folder: JobFolder) -
         torch.cuda.reset_peak_memory_stats(device)
     train, valid = splits.train.to(device), splits.valid.to(device)
     start = time.perf_counter()
-    with seeded(context.seed):
+    with seeded(derive_seed(context.seed, "fit")):
         model.train()
         model.fit(train, valid, context)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start - context.seconds_waited
     write_tensors(folder.path / "checkpoint.safetensors", model.state_dict())
     folder.write(
         "fit.json",
         {
-            "seconds": seconds + context.seconds_saved,
-            "seconds_reused": context.seconds_saved,
+            "seconds": seconds + context.seconds_reused,
+            "seconds_reused": context.seconds_reused,
             "peak_memory_bytes": _peak_memory(device),
             "n_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "fingerprint": splits.fingerprint,
@@ -207,13 +238,21 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Return the working folder's commit, with ``+`` if it was changed; empty outside git."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--match="]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return answer.stdout.strip() if answer.returncode == 0 else ""
+    """Return the commit of this code, with ``+`` if it was changed; empty if it is not in git."""
+    here = Path(__file__)
+    for command in (
+        ["git", "ls-files", "--error-unmatch", here.name],
+        ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--match="],
+    ):
+        try:
+            answer = subprocess.run(
+                command, cwd=here.parent, capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        if answer.returncode:
+            return ""
+    return answer.stdout.strip()
 
 
 def _samples(job: Job, model: Model, folder: JobFolder, device: torch.device) -> Tensor:
@@ -222,8 +261,9 @@ def _samples(job: Job, model: Model, folder: JobFolder, device: torch.device) ->
         return read_tensors(path)["samples"]
     draws = []
     for draw in range(job.n_draws):
-        generator = torch.Generator(device).manual_seed(derive_seed(job.seed, f"samples {draw}"))
-        with seeded(job.seed), torch.no_grad():
+        seed = derive_seed(job.seed, f"samples {draw}")
+        generator = torch.Generator(device).manual_seed(seed)
+        with seeded(seed), torch.no_grad():
             draws.append(model.sample(job.n_samples, generator).to("cpu", torch.float32))
         expected = (job.n_samples, *model.space.event_shape)
         if draws[-1].shape != expected:
@@ -235,20 +275,22 @@ def _samples(job: Job, model: Model, folder: JobFolder, device: torch.device) ->
     return samples
 
 
-def _score(evaluation: Evaluation, metrics: Sequence[Metric], folder: JobFolder, seed: int) -> None:
-    """Compute the metrics that are missing; one that fails does not lose the others."""
+def _score(
+    evaluation: Evaluation, metrics: Sequence[tuple[Metric, str]], folder: JobFolder
+) -> None:
+    """Compute the metrics that are missing or outdated; one that fails does not lose the others."""
     scores = folder.scores()
     not_applicable: dict[str, str] = {}
     failures: list[tuple[str, Exception]] = []
-    for metric in metrics:
+    for metric, code in metrics:
         reason = _why_not(metric, evaluation)
         if reason:
             not_applicable[metric.name] = reason
-        elif metric.name not in scores:
+        elif scores.get(metric.name, {}).get("code") != code:
             try:
-                with seeded(seed), torch.no_grad():
+                with seeded(0), torch.no_grad():
                     score = metric.compute(evaluation)
-                scores[metric.name] = _record(metric, score, folder)
+                scores[metric.name] = {**_record(metric, score, folder), "code": code}
             except Exception as error:  # a metric is somebody else's code
                 logger.exception("metric %s failed", metric.name)
                 failures.append((metric.name, error))
@@ -288,14 +330,20 @@ def _record(metric: Metric, score: Score, folder: JobFolder) -> dict[str, Any]:
     }
 
 
-def _draw(evaluation: Evaluation, folder: JobFolder, seed: int) -> None:
+def _draw(evaluation: Evaluation, folder: JobFolder) -> None:
     """Draw the figures; a picture that fails costs a line in the log, not the job."""
-    if (folder.path / "figures").exists():
+    figures = folder.path / "figures"
+    if figures.exists():
         return
     from imlbench.report.figures import draw_figures
 
     try:
-        with seeded(seed), torch.no_grad():
-            draw_figures(evaluation, folder.path / "figures")
+        with (
+            seeded(0),
+            torch.no_grad(),
+            tempfile.TemporaryDirectory(dir=folder.path, prefix=".writing-") as temporary,
+        ):
+            draw_figures(evaluation, Path(temporary) / "figures")
+            (Path(temporary) / "figures").rename(figures)
     except Exception:  # it may call a plugin's methods
         logger.exception("figures failed")

@@ -130,7 +130,8 @@ def make_tables(
     """Aggregate runs over seeds.
 
     Arguments:
-        runs: As :meth:`Tracker.runs` returns them.
+        runs: As :meth:`Tracker.runs` returns them, the newest first. Of rows that differ only in
+            the code that made them, the newest is shown.
         jobs: Only these jobs, by id.
         models: Only these, by name or glob.
         datasets: Only these, by name or glob.
@@ -146,11 +147,12 @@ def make_tables(
     for key, patterns in (("model", models), ("dataset", datasets)):
         if len(runs) and patterns:
             runs = runs[_matching(runs[f"tags.imlbench.{key}"], key, patterns)]
-    if not len(runs) or not (runs["tags.imlbench.status"] == "done").any():
+    if not len(runs) or not _has_scores(runs).any():
         raise UserError(
             "leaderboard: there must be at least one finished run; got none. "
             "Run some first, for example: imlbench run --models iml,vae --datasets digits"
         )
+    _check_metrics(runs, [*metrics, *([sort] if sort else [])])
     fingerprints = runs.groupby("tags.imlbench.dataset")["tags.imlbench.fingerprint"].nunique()
     tables = []
     for _, group in runs.groupby(_dataset_keys(runs), sort=True, dropna=False):
@@ -159,7 +161,19 @@ def make_tables(
             name = f"{name} ({_dataset_label(group)})"
         theirs = (published or {}).get(str(group["tags.imlbench.dataset"].iloc[0]), {})
         tables.append(_make_table(name, group, metrics, sort, theirs))
-    return [table for table in tables if table.rows] or tables
+    return [table for table in tables if table.columns or not metrics]
+
+
+def _has_scores(runs: pd.DataFrame) -> pd.Series[bool]:
+    """Runs with scores are ranked even if a metric or a later scoring failed; the notes tell."""
+    return ~runs["tags.imlbench.scores"].isin(["{}"])
+
+
+def _check_metrics(runs: pd.DataFrame, patterns: Sequence[str]) -> None:
+    names = {name for text in runs["tags.imlbench.scores"].dropna() for name in json.loads(text)}
+    missing = [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
+    if missing:
+        raise UserError(*(f"leaderboard: {unknown('metric', m, names)}" for m in missing))
 
 
 def _matching(values: pd.Series[str], what: str, patterns: Sequence[str]) -> pd.Series[bool]:
@@ -191,13 +205,14 @@ def _make_table(
     sort: str | None,
     published: Mapping[str, Mapping[str, float]],
 ) -> Table:
-    done = group[group["tags.imlbench.status"] == "done"]
+    done = group[_has_scores(group)]
     columns = _columns(done, metrics)
     params = [c for c in group.columns if c.startswith("params.model.")]
     sampling = ["params.n_samples", "params.n_draws"]
     rows = [
-        _make_row(runs, params + sampling, columns)
+        _make_row(runs[runs["tags.imlbench.code"] == newest], params + sampling, columns)
         for _, runs in done.groupby(["tags.imlbench.model", *params, *sampling], dropna=False)
+        for newest in runs["tags.imlbench.code"].iloc[:1]
     ]
     for label in dict.fromkeys(label for values in published.values() for label in values):
         values = {name: Cell(v[label]) for name, v in published.items() if label in v}
@@ -205,10 +220,7 @@ def _make_table(
             rows.append(Row(label, {}, 0, values, None))
     order = columns[0] if columns else None
     if sort is not None:
-        by_name = {column.name: column for column in columns}
-        if sort not in by_name:
-            raise UserError(f"--sort: {unknown('metric', sort, by_name)}")
-        order = by_name[sort]
+        order = next((column for column in columns if column.name == sort), order)
     if order is not None:
         sign = -1 if order.higher_is_better else 1
         rows.sort(
@@ -224,11 +236,13 @@ def _make_row(runs: pd.DataFrame, params: list[str], columns: Sequence[Column]) 
     cells = {}
     for column in columns:
         values = runs[f"metrics.{column.name}"].dropna()
-        if len(values) == 1:
+        if len(values) == 1 and len(runs) == 1:
             stderr = first.get(f"metrics.{column.name}.stderr", math.nan)
             cells[column.name] = Cell(
                 float(values.iloc[0]), stderr=None if math.isnan(stderr) else float(stderr)
             )
+        elif len(values) == 1:  # the metric is there for one of several seeds
+            cells[column.name] = Cell(float(values.iloc[0]))
         elif len(values):
             cells[column.name] = Cell(float(values.mean()), spread=float(values.std(ddof=1)))
     named = {
@@ -246,21 +260,19 @@ def _columns(done: pd.DataFrame, metrics: Sequence[str]) -> list[Column]:
         facts |= json.loads(text)
     names = list(facts)
     if metrics:
-        missing = [p for p in metrics if not any(fnmatchcase(name, p) for name in names)]
-        if missing:
-            raise UserError(*(f"--metric: {unknown('metric', m, names)}" for m in missing))
         names = list(dict.fromkeys(n for p in metrics for n in names if fnmatchcase(n, p)))
     return [Column(name, facts[name]["unit"], facts[name]["higher_is_better"]) for name in names]
 
 
 def _notes(group: pd.DataFrame, columns: Sequence[Column]) -> list[str]:
-    done = group[group["tags.imlbench.status"] == "done"]
+    done = group[_has_scores(group)]
     notes = _settings(done, columns)
     for _, run in group[group["tags.imlbench.status"] != "done"].iterrows():
         what = f"{run['tags.imlbench.model']}, seed {run['tags.imlbench.seed']}"
         reason = run.get("tags.imlbench.reason")
         because = f" ({reason.splitlines()[0]})" if isinstance(reason, str) and reason else ""
-        notes.append(f"No result for {what}: {run['tags.imlbench.status']}{because}.")
+        lack = "Not complete" if run["tags.imlbench.scores"] != "{}" else "No result"
+        notes.append(f"{lack}: {what}: {run['tags.imlbench.status']}{because}.")
     return [*notes, *_provenance(done)]
 
 
@@ -360,6 +372,8 @@ def _render(table: Table, style: _Style, width: int, format: str) -> str:
         shown.pop()
         body = _tabulate(table, shown, style, format)
     notes = [NOTE, *table.notes]
+    if any(row.n == 0 for row in table.rows):
+        notes.append("Rows without n are published values, for the settings of their source.")
     if format != "terminal":
         notes += [f"{row.model}: {_assignments(row)}." for row in table.rows if row.params]
     if format == "terminal" and not width and table.rows:

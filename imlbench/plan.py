@@ -31,7 +31,7 @@ class Job:
         seed: The only seed.
         n_samples: Samples per draw.
         n_draws: Number of draws.
-        code: Distributions, with versions, that ship the model and the dataset.
+        code: What identifies the code of the model and of the dataset.
         fingerprint: Hash of the data; empty until :func:`identify_data` has read them.
     """
 
@@ -66,12 +66,12 @@ class Skip:
 
 @dataclass(frozen=True)
 class Plan:
-    """The jobs of a benchmark, the pairs that are skipped, and the metrics to compute."""
+    """The jobs of a benchmark, the pairs that are skipped, and the metrics with their code."""
 
     benchmark: str
     jobs: tuple[Job, ...]
     skips: tuple[Skip, ...]
-    metrics: tuple[str, ...]
+    metrics: dict[str, str]
 
 
 def make_plan(benchmark: Benchmark, registry: Registry) -> Plan:
@@ -103,7 +103,7 @@ def make_plan(benchmark: Benchmark, registry: Registry) -> Plan:
                             seed,
                             benchmark.n_samples,
                             benchmark.n_draws,
-                            (registry.shipped_by(model_cls), registry.shipped_by(dataset_cls)),
+                            (registry.code(model_cls), registry.code(dataset_cls)),
                         )
                     )
     if errors:
@@ -113,7 +113,7 @@ def make_plan(benchmark: Benchmark, registry: Registry) -> Plan:
         benchmark.name,
         tuple(unique.values()),
         tuple(dict.fromkeys(skips)),
-        tuple(metric.name for metric in metrics),
+        {metric.name: registry.code(metric) for metric in metrics},
     )
 
 
@@ -137,6 +137,9 @@ def identify_data(plan: Plan, registry: Registry, sources: Sources) -> Plan:
                 fingerprints[key] = cls(cls.Params(**job.dataset_params)).load(sources).fingerprint
             except DataError as error:
                 errors += error.messages
+            except Exception as error:  # a plugin can raise anything
+                reason = f"{type(error).__name__}: {error}"
+                errors.append(f"dataset {job.dataset}: loading it failed with {reason}.")
     if errors:
         raise UserError(*errors)
     jobs = tuple(replace(job, fingerprint=fingerprints[_data_key(job)]) for job in plan.jobs)

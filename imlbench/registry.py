@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import pluggy
@@ -85,6 +89,14 @@ class Registry:
         """Return the distribution, with its version, that a class came from."""
         return self._shipped_by[cls]
 
+    def code(self, cls: type) -> str:
+        """Return what identifies the code of a class: distribution, version, and source.
+
+        A result is reused only if this is the same; so it is not after any edit of the plugin's
+        package, whether its version was raised or not.
+        """
+        return f"{self._shipped_by[cls]} {_source_digest(cls.__module__.partition('.')[0])}"
+
     @property
     def broken(self) -> list[Plugin]:
         """The plugins that were left out."""
@@ -131,6 +143,19 @@ def _classes(hook: pluggy.HookCaller, plugin: str, base: type) -> list[Any]:
         if not getattr(cls, "name", ""):
             raise TypeError(f"{where} has no name")
     return found
+
+
+@functools.cache
+def _source_digest(module: str) -> str:
+    """Return a hash of a top-level module's Python source, and of the toolkits that plugins use."""
+    own = Path(getattr(sys.modules[module], "__file__", None) or "nowhere")
+    harness = Path(__file__).parent
+    files = [harness / "training.py", harness / "networks.py", *(harness / "densities").iterdir()]
+    files += own.parent.rglob("*.py") if own.name == "__init__.py" else [own]
+    content = hashlib.sha256()
+    for file in sorted(file for file in files if file.suffix == ".py" and file.is_file()):
+        content.update(file.read_bytes())
+    return content.hexdigest()[:12]
 
 
 def _merge(known: dict[str, Any], new: list[Any], what: str) -> None:

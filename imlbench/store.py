@@ -82,6 +82,11 @@ class JobFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @property
+    def lock_path(self) -> Path:
+        """The file that is locked while a process works on the job."""
+        return self.path.parent.parent / "locks" / f"{self.path.name}.lock"
+
     def read(self, name: str) -> dict[str, Any]:
         """Return the content of a JSON file; empty if there is none."""
         try:
@@ -107,6 +112,11 @@ class JobFolder:
     def scores(self) -> dict[str, dict[str, Any]]:
         """Return the metrics that were computed, by name."""
         return dict(self.read("metrics.json").get("scores", {}))
+
+    def remove_unfinished(self) -> None:
+        """Remove what a process that was stopped had begun to write."""
+        for path in self.path.rglob(".writing-*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def clear(self) -> None:
         """Remove everything that the job has written."""

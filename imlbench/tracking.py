@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from imlbench.errors import UserError
@@ -24,6 +25,9 @@ class Tracker:
     Arguments:
         store: The results folder.
         uri: A tracking URI; by default ``$MLFLOW_TRACKING_URI``, or ``sqlite`` in the folder.
+
+    Attributes:
+        problem: Why results could not be logged; empty if they could.
     """
 
     def __init__(self, store: Store, uri: str | None = None) -> None:
@@ -35,24 +39,22 @@ class Tracker:
         self.is_default = not (uri or os.environ.get("MLFLOW_TRACKING_URI"))
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
         self._artifacts = (root / "mlartifacts").as_uri() if self.is_default else None
+        self.problem = ""
 
-    def log_pending(self, folders: list[JobFolder]) -> list[str]:
-        """Log the folders that this server does not hold yet; return what went wrong, if it did."""
-        pending = [folder for folder in folders if not self._holds(folder)]
-        if not pending:
-            return []
-        try:
-            client = self._client()
-            experiment = self._experiment(client)
-            for folder in pending:
-                self._log(client, experiment, folder)
-        except Exception as error:  # MLflow raises many kinds; none may cost a result
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            return [
-                f"MLflow at {self.uri} cannot be written to ({reason}); "
-                f"the results are safe in {self.store.runs} and the next run logs them."
-            ]
-        return []
+    def log_pending(self, folders: Iterable[JobFolder]) -> None:
+        """Log the folders that the server does not hold yet; nothing more after a failure."""
+        for folder in folders:
+            if self.problem or self._holds(folder):
+                continue
+            try:
+                client = self._client()
+                self._log(client, self._experiment(client), folder)
+            except Exception as error:  # MLflow raises many kinds; none may cost a result
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                self.problem = (
+                    f"MLflow at {self.uri} cannot be written to ({reason}); "
+                    f"the results are safe in {self.store.runs} and the next run logs them."
+                )
 
     def runs(self) -> pd.DataFrame:
         """Return the newest run of every job, one row each, as MLflow's ``search_runs`` names them.
@@ -60,7 +62,7 @@ class Tracker:
         Raises:
             UserError: The server cannot be read.
         """
-        if self.is_default and not (self.store.root / "mlflow.db").exists():
+        if self._is_missing:
             import pandas as pd
 
             return pd.DataFrame()
@@ -81,7 +83,14 @@ class Tracker:
         frame: pd.DataFrame = found
         return frame.drop_duplicates("tags.imlbench.job") if len(frame) else frame
 
+    @property
+    def _is_missing(self) -> bool:
+        """Whether there is no database yet, or none any more."""
+        return self.is_default and not (self.store.root / "mlflow.db").exists()
+
     def _holds(self, folder: JobFolder) -> bool:
+        if self._is_missing:
+            return False
         known = folder.read("tracking.json")
         return known.get("uri") == self.uri and known.get("content") == _content(folder)
 
@@ -104,6 +113,7 @@ class Tracker:
         ended = int((folder.path / "status.json").stat().st_mtime * 1000)
         name = f"{job['model']} {job['dataset']} seed {job['seed']}"
         tags = {**_tags(folder, job, fit), "mlflow.runName": name}
+        last = RunTag("imlbench.job", job["id"])  # a run counts once it has this
         run = client.create_run(experiment, start_time=started)
         run_id = run.info.run_id
         params = _params(job)
@@ -122,6 +132,7 @@ class Tracker:
             client.log_batch(run_id, metrics=points[start : start + 1000])
         client.log_artifacts(run_id, str(folder.path))
         state = "FINISHED" if end["status"] == Status.DONE else "FAILED"
+        client.set_tag(run_id, last.key, last.value)
         client.set_terminated(run_id, status=state, end_time=ended)
         content = _content(folder)
         folder.write("tracking.json", {"uri": self.uri, "run": run_id, "content": content})
@@ -140,7 +151,6 @@ def _tags(folder: JobFolder, job: dict[str, Any], fit: dict[str, Any]) -> dict[s
         name: {fact: score[fact] for fact in facts} for name, score in folder.scores().items()
     }
     tags = {
-        "job": job["id"],
         "model": job["model"],
         "dataset": job["dataset"],
         "seed": str(job["seed"]),

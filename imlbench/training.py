@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from imlbench.api import Examples, FitContext
+from imlbench.errors import Diverged
 
 MIN_STEPS_PER_EPOCH = 50
 
@@ -77,7 +78,7 @@ def train_epochs(
         after_epoch: Called with the epoch, the number of epochs, and the values reported.
 
     Raises:
-        Diverged: A reported value is NaN or infinite.
+        Diverged: A reported value is NaN or infinite, or a factorisation failed.
     """
     size = batch_size_for(len(data), batch_size)
     generator = context.generator(f"{stage} shuffle")
@@ -87,7 +88,11 @@ def train_epochs(
         for x in data.batches(size, generator):
             if len(x) < size:
                 continue
-            for name, value in step(x).items():
+            try:
+                values = step(x)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # what NaN in a factorisation comes to
+                raise Diverged(stage, epoch, str(error).splitlines()[0]) from error
+            for name, value in values.items():
                 value = value.detach()
                 totals[name] = totals[name] + value if name in totals else value
             n_batches += 1

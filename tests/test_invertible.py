@@ -6,10 +6,13 @@ import math
 
 import pytest
 import torch
+from scipy.special import logsumexp
+from scipy.stats import multivariate_normal
 from torch.func import jacfwd, vmap
 
 from imlbench import Space
 from imlbench_iml.invertible import SLOPE, InvertibleNetwork, Sigmoid, TallLinear, Tanh
+from imlbench_iml.models import IMLGMM
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +147,7 @@ def test_network_in_float32_round_trips_at_the_sizes_of_the_paper():
     torch.set_default_dtype(torch.float32)
     network = perceptron(20, 600, 784).float()
     h = normal(50, 20)
-    torch.testing.assert_close(network.encode(network.decode(h)), h, rtol=0, atol=1e-3)
+    torch.testing.assert_close(network.encode(network.decode(h)), h, rtol=0, atol=1e-4)
 
 
 def test_shapes_follow_the_event_shape():
@@ -153,3 +156,47 @@ def test_shapes_follow_the_event_shape():
     network = InvertibleNetwork(layers, space.event_shape)
     assert network.decode(torch.zeros(4, 2)).shape == (4, 3, 2, 2)
     assert network.encode(torch.zeros(4, 3, 2, 2)).shape == (4, 2)
+
+
+def iml_gmm(space: Space, **params) -> IMLGMM:
+    torch.manual_seed(0)
+    resolved = IMLGMM.resolve(IMLGMM.Params(n_components=3, **params), space)
+    model = IMLGMM(resolved, space).eval().requires_grad_(False)
+    for layer in (layer for layer in model.autoencoder.layers if hasattr(layer, "weight")):
+        layer.weight.add_(0.3 * torch.randn(layer.weight.shape)).mul_(1.5)
+    k = model.density.n_dims
+    model.density.means.copy_(torch.randn(3, k))
+    model.density.covariances.copy_(torch.eye(k).expand(3, k, k) * torch.rand(3, 1, 1).add(0.5))
+    return model
+
+
+def mixture_log_density(model: IMLGMM, h: torch.Tensor) -> torch.Tensor:
+    """By scipy, one component after the other."""
+    density = model.density
+    parts = [
+        math.log(w) + multivariate_normal(m.numpy(), c.numpy()).logpdf(h.numpy())
+        for w, m, c in zip(density.weights, density.means, density.covariances, strict=True)
+    ]
+    return torch.from_numpy(logsumexp(parts, axis=0))
+
+
+def test_log_prob_of_a_square_model_is_the_change_of_variables():
+    model = iml_gmm(Space("image", (1, 2, 2), (0.0, 1.0)), latent_dim=4)
+    x = normal(10, 1, 2, 2).sigmoid()
+    h = model.encode(x)
+    jacobian = vmap(jacfwd(lambda one: model.encode(one[None])[0]))(x).flatten(2)
+    truth = mixture_log_density(model, h) + torch.linalg.slogdet(jacobian).logabsdet
+    assert model.can("log_prob")
+    for log_prob in (model.log_prob, model.log_prob_layerwise, model.log_prob_manifold):
+        torch.testing.assert_close(log_prob(x), truth, rtol=0, atol=1e-4)
+
+
+def test_log_prob_manifold_of_a_model_is_that_of_the_true_jacobian():
+    model = iml_gmm(Space("image", (1, 4, 4), (0.0, 1.0)), latent_dim=3)
+    x = normal(10, 1, 4, 4).sigmoid()
+    h = model.encode(x)
+    jacobian = vmap(jacfwd(lambda one: model.decode(one[None])[0].flatten()))(h)
+    volume = 0.5 * torch.linalg.slogdet(jacobian.mT @ jacobian).logabsdet
+    assert not model.can("log_prob")
+    truth = mixture_log_density(model, h) - volume
+    torch.testing.assert_close(model.log_prob_manifold(x), truth, rtol=0, atol=1e-4)

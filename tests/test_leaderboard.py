@@ -27,6 +27,7 @@ def run(model: str, seed: int, kde: float, error: float, latent_dim: int = 20, *
         "tags.imlbench.dataset": "mnist",
         "tags.imlbench.seed": str(seed),
         "tags.imlbench.fingerprint": "abc123",
+        "tags.imlbench.code": "imlbench 0.1.0 aaa",
         "tags.imlbench.status": "done",
         "tags.imlbench.reason": None,
         "tags.imlbench.scores": json.dumps(FACTS),
@@ -117,9 +118,41 @@ def test_other_data_under_the_same_name_get_a_table_of_their_own(runs):
 def test_jobs_without_result_are_named_and_not_ranked(runs):
     failed = run("gan", 0, float("nan"), float("nan"))
     failed |= {"tags.imlbench.status": "diverged", "tags.imlbench.reason": "gan, epoch 3: loss"}
+    failed["tags.imlbench.scores"] = "{}"
     (table,) = make_tables(pd.concat([runs, pd.DataFrame([failed])]))
     assert "gan" not in [row.model for row in table.rows]
-    assert "No result for gan, seed 0: diverged (gan, epoch 3: loss)." in render([table], "github")
+    assert "No result: gan, seed 0: diverged (gan, epoch 3: loss)." in render([table], "github")
+
+
+def test_a_job_with_scores_is_ranked_although_one_metric_failed(runs):
+    runs.loc[runs["tags.imlbench.model"] == "vae", "tags.imlbench.status"] = "failed"
+    runs.loc[runs["tags.imlbench.model"] == "vae", "tags.imlbench.reason"] = "metric x failed"
+    (table,) = make_tables(runs)
+    assert [row.model for row in table.rows] == ["iml-gmm", "vae"]
+    assert "Not complete: vae, seed 0: failed (metric x failed)." in render([table], "github")
+
+
+def test_older_code_is_not_averaged_with_newer(runs):
+    older = run("vae", 0, 50.0, 30.0, **{"tags.imlbench.code": "imlbench 0.1.0 bbb"})
+    (table,) = make_tables(pd.concat([runs, pd.DataFrame([older])]))
+    assert [(row.model, row.n) for row in table.rows] == [("iml-gmm", 3), ("vae", 3)]
+    assert table.rows[1].cells["kde_paper"].mean == pytest.approx(102.0)
+
+
+def test_a_metric_of_one_dataset_can_be_asked_for_beside_others(runs):
+    toy = run("vae", 0, 1.0, 2.0, **{"tags.imlbench.dataset": "toy", "metrics.modes": 2.0})
+    toy["tags.imlbench.scores"] = json.dumps({"modes": FACTS["error"]})
+    (table,) = make_tables(pd.concat([runs, pd.DataFrame([toy])]), metrics=["modes"])
+    assert table.dataset == "toy"
+
+
+def test_published_values_stand_beside_ours_and_are_never_the_best(runs):
+    published = {"mnist": {"kde_paper": {"IML (paper)": 999.0}}}
+    (table,) = make_tables(runs, published=published)
+    assert [row.model for row in table.rows] == ["IML (paper)", "iml-gmm", "vae"]
+    text = render([table], "github")
+    assert "**187.0 ±6.1**" in text
+    assert "Rows without n are published values" in text
 
 
 def test_csv_and_json_carry_the_numbers_unrounded(runs):
@@ -157,9 +190,9 @@ def test_the_terminal_table_fits_the_terminal(runs, width):
 def test_bad_requests_are_one_message(runs):
     with pytest.raises(UserError, match="got none"):
         make_tables(runs.iloc[:0])
-    with pytest.raises(UserError, match=r"--metric: unknown metric 'kde_papr'\. Did you mean"):
+    with pytest.raises(UserError, match=r"unknown metric 'kde_papr'\. Did you mean"):
         make_tables(runs, metrics=["kde_papr"])
-    with pytest.raises(UserError, match="--sort: unknown metric 'kdf'"):
+    with pytest.raises(UserError, match="unknown metric 'kdf'"):
         make_tables(runs, sort="kdf")
     with pytest.raises(UserError, match="unknown model 'vea'"):
         make_tables(runs, models=["vea"])

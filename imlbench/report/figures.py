@@ -148,12 +148,15 @@ def _draw_latents(evaluation: Evaluation, path: Path) -> None:
 
 def _add_ellipses(axes: Any, model: Any) -> None:
     """Draw the ellipse of two standard deviations of each component that has any weight."""
-    density = getattr(model, "density", None)
-    if density is None or not hasattr(density, "covariances"):
+    density: Any = getattr(model, "density", None)
+    if hasattr(density, "covariance"):  # of a single Gaussian
+        components = [(1.0, density.mean.cpu(), density.covariance.cpu())]
+    elif hasattr(density, "covariances"):
+        weights, means, covariances = density.weights, density.means, density.covariances
+        components = list(zip(weights.cpu(), means.cpu(), covariances.cpu(), strict=True))
+    else:
         return
-    means = density.means.cpu().reshape(-1, 2)
-    covariances = density.covariances.cpu().reshape(-1, 2, 2)
-    for weight, mean, covariance in zip(density.weights.cpu(), means, covariances, strict=True):
+    for weight, mean, covariance in components:
         if weight < 1e-3:
             continue
         values, vectors = torch.linalg.eigh(covariance)

@@ -10,11 +10,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
 
 from imlbench.api import Sources
 from imlbench.errors import Diverged, UserError
@@ -85,10 +87,11 @@ class _Assignment:
 
     job: Job
     store: Store
-    metrics: tuple[str, ...]
+    metrics: Mapping[str, str]
     sources: Sources
     device: str
     n_threads: int
+    refit_before: float
 
     @property
     def folder(self) -> JobFolder:
@@ -100,6 +103,7 @@ class _Running:
     assignment: _Assignment
     process: BaseProcess
     events: Connection
+    lock: FileLock
     start: float = field(default_factory=time.monotonic)
 
 
@@ -107,7 +111,7 @@ def run_jobs(
     jobs: Sequence[Job],
     store: Store,
     *,
-    metrics: Sequence[str],
+    metrics: Mapping[str, str],
     sources: Sources,
     devices: Sequence[str],
     display: Display,
@@ -119,12 +123,12 @@ def run_jobs(
     Arguments:
         jobs: What to run, in order.
         store: The results folder.
-        metrics: Names of the metrics to compute.
+        metrics: Names of the metrics to compute, with what identifies their code.
         sources: Where the data are.
         devices: One job at a time on each.
         display: Shows progress.
         time_limit: Seconds after which a job is stopped with the status ``timeout``.
-        force: Run finished jobs again, from the beginning.
+        force: Run finished jobs again, from the beginning, shared stages included.
 
     Raises:
         KeyboardInterrupt: After the running jobs were stopped and recorded as interrupted.
@@ -132,24 +136,32 @@ def run_jobs(
     pending: list[Job] = []
     for job in jobs:
         folder = store.folder(job.id)
-        if force:
-            folder.clear()
-        if is_complete(folder, metrics):
+        if not force and is_complete(folder, metrics):
             outcome = Outcome(job, Status.DONE, reused=True)
             display.end(outcome, folder)
             yield outcome
         else:
             pending.append(job)
     running: list[_Running] = []
-    n_threads = max(1, (os.cpu_count() or 1) // min(len(devices), max(len(pending), 1)))
+    n_threads = max(1, _n_processors() // min(len(devices), max(len(pending), 1)))
+    refit_before = time.time() if force else 0.0
     try:
         while pending or running:
             for device in devices:
                 if pending and device not in {active.assignment.device for active in running}:
                     job = pending.pop(0)
+                    lock = _lock(store.folder(job.id))
+                    if lock is None:  # another imlbench is at it: wait, and take over the rest
+                        pending.append(job)
+                        continue
                     display.start(job, device)
                     running.append(
-                        _spawn(_Assignment(job, store, tuple(metrics), sources, device, n_threads))
+                        _spawn(
+                            _Assignment(
+                                job, store, metrics, sources, device, n_threads, refit_before
+                            ),
+                            lock,
+                        )
                     )
             wait([a.events for a in running] + [a.process.sentinel for a in running], timeout=0.5)
             for active in list(running):
@@ -158,33 +170,64 @@ def run_jobs(
                 if ended:
                     _forward_events(active, display)
                     running.remove(active)
+                    active.lock.release()
                     display.end(ended, active.assignment.folder)
                     yield ended
     except (KeyboardInterrupt, GeneratorExit):
         for active in running:
             _stop(active.process)
             active.assignment.folder.end(Status.INTERRUPTED, "stopped by the user")
+            active.lock.release()
         raise
 
 
-def is_complete(folder: JobFolder, metrics: Sequence[str]) -> bool:
-    """Whether a job is done and every one of the metrics was computed or does not apply."""
+def is_complete(folder: JobFolder, metrics: Mapping[str, str]) -> bool:
+    """Whether a job is done and every metric was computed, by today's code, or does not apply."""
     if folder.status is not Status.DONE:
         return False
     record = folder.read("metrics.json")
-    return {*metrics} <= {*record.get("scores", {}), *record.get("not_applicable", {})}
+    scores, not_applicable = record.get("scores", {}), record.get("not_applicable", {})
+    return all(
+        name in not_applicable or scores.get(name, {}).get("code") == code
+        for name, code in metrics.items()
+    )
 
 
-def _spawn(assignment: _Assignment) -> _Running:
-    folder = assignment.folder
-    folder.path.mkdir(parents=True, exist_ok=True)
+def _n_processors() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _lock(folder: JobFolder) -> FileLock | None:
+    """Return the lock of a job's folder, held; or ``None`` if another process holds it."""
+    folder.lock_path.parent.mkdir(exist_ok=True)
+    lock = FileLock(folder.lock_path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock
+
+
+def _spawn(assignment: _Assignment, lock: FileLock) -> _Running:
+    job, folder = assignment.job, assignment.folder
+    if assignment.refit_before:
+        folder.clear()
+    folder.remove_unfinished()
     (folder.path / "status.json").unlink(missing_ok=True)
+    folder.write("config.json", {**asdict(job), "id": job.id})
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     process = spawn.Process(target=_work, args=(assignment, sender), daemon=True)
-    process.start()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides on Ctrl-C
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     sender.close()
-    return _Running(assignment, process, receiver)
+    return _Running(assignment, process, receiver, lock)
 
 
 def _forward_events(active: _Running, display: Display) -> None:
@@ -223,7 +266,6 @@ def _stop(process: BaseProcess) -> None:
 
 def _work(assignment: _Assignment, events: Connection) -> None:
     """Run one job in a spawned process; everything it prints goes to its log."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     log = open(assignment.folder.path / "log.txt", "w", encoding="utf-8", buffering=1)  # noqa: SIM115
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -246,6 +288,8 @@ def _attempt(
         from imlbench.registry import Registry
 
         torch.set_num_threads(assignment.n_threads)
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
         run_job(
             assignment.job,
             assignment.folder,
@@ -255,6 +299,7 @@ def _attempt(
             sources=assignment.sources,
             device=torch.device(assignment.device),
             report=report,
+            refit_before=assignment.refit_before,
         )
     except BrokenPipeError:
         raise
@@ -264,10 +309,19 @@ def _attempt(
     except Exception as error:  # a plugin can raise anything; the other jobs go on
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        if _is_out_of_memory(error):
             return Status.OUT_OF_MEMORY, reason.splitlines()[0]
         return Status.FAILED, reason
     return Status.DONE, ""
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an error is Python's, CUDA's or torch's way to say that no memory is left."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
 
 
 def _sender(events: Connection, interval: float = 0.1) -> Callable[[dict[str, Any]], None]:

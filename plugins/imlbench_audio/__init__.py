@@ -1,6 +1,6 @@
 """Audio: spoken digits, a violin, and a synthetic stand-in for one."""
 
-from imlbench import Dataset, hookimpl
+from imlbench import Dataset, Metric, hookimpl
 
 
 @hookimpl
@@ -9,3 +9,18 @@ def imlbench_datasets() -> list[type[Dataset]]:
     from imlbench_audio import spoken_digits, violin
 
     return [spoken_digits.SpokenDigits, violin.SynthViolin, violin.Violin]
+
+
+@hookimpl
+def imlbench_metrics() -> list[type[Metric]]:
+    """Return the metric classes."""
+    from imlbench_audio import metrics
+
+    return [
+        metrics.SequenceLogLikelihood,
+        metrics.ShuffledLogLikelihood,
+        metrics.PairKDE,
+        metrics.SpectralPairKDE,
+        metrics.ReconstructionSNR,
+        metrics.LogSpectralDistance,
+    ]

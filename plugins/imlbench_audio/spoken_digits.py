@@ -18,7 +18,8 @@ import torch
 from filelock import FileLock
 from pydantic import Field
 
-from imlbench import DataError, Dataset, Examples, Params, Sources, Space, Splits
+from imlbench import DataError, Examples, Params, Sources, Splits
+from imlbench_audio.audio import AudioDataset
 from imlbench_audio.framing import CHUNK_SIZE, RATE, chunked
 from imlbench_audio.recordings import read_recording
 
@@ -48,7 +49,7 @@ class Recording:
     file: str
 
 
-class SpokenDigits(Dataset):
+class SpokenDigits(AudioDataset):
     """English digits spoken by six people, 8 kHz, in Hann-windowed chunks of 100 ms.
 
     The Free Spoken Digit Dataset, version 1.0.10, and its official test split: recordings 0 to 4
@@ -71,11 +72,6 @@ class SpokenDigits(Dataset):
         """Utterances for training, at most: all, if there are fewer."""
         split_seed: int = Field(0, ge=0)
         """Determines which utterances are for training and validation, and their order."""
-
-    @property
-    def space(self) -> Space:
-        """A chunk."""
-        return Space("sequence", (CHUNK_SIZE,))
 
     def load(self, sources: Sources) -> Splits:
         """Read the recordings, or download them into the cache if there are none."""

@@ -9,15 +9,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from imlbench import DataError, Dataset, Params, Sources, Space, Splits
+from imlbench import DataError, Params, Sources, Splits
+from imlbench_audio.audio import AudioDataset
 from imlbench_audio.etude import synthesize
-from imlbench_audio.framing import CHUNK_SIZE, HOP, chunked
+from imlbench_audio.framing import HOP, chunked
 from imlbench_audio.recordings import read_recording
 
 SUFFIXES = (".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
 
 
-class Violin(Dataset):
+class Violin(AudioDataset):
     """A recording of at least 10 s, at 8 kHz, in Hann-windowed chunks of 100 ms.
 
     By default the alphabetically first audio file in the folder ``violin``. The recording is mixed
@@ -33,11 +34,6 @@ class Violin(Dataset):
         path: str | None = Field(None, min_length=1)
         """The audio file: WAV, AIFF, FLAC, Ogg, Opus or MP3, of any instrument."""
 
-    @property
-    def space(self) -> Space:
-        """A chunk."""
-        return Space("sequence", (CHUNK_SIZE,))
-
     def load(self, sources: Sources) -> Splits:
         """Read the recording."""
         named = self.params.path
@@ -45,7 +41,7 @@ class Violin(Dataset):
         return split_in_time(read_recording(path, "violin", min_seconds=10), f"violin: {path}")
 
 
-class SynthViolin(Dataset):
+class SynthViolin(AudioDataset):
     """A bowed-string étude computed by this program, at 8 kHz; not a recording of a violin.
 
     Scales and arpeggios played by a band-limited sawtooth with vibrato, bow noise, a resonant body
@@ -60,11 +56,6 @@ class SynthViolin(Dataset):
 
         seconds: int = Field(120, ge=10, le=600)
         """How long it lasts."""
-
-    @property
-    def space(self) -> Space:
-        """A chunk."""
-        return Space("sequence", (CHUNK_SIZE,))
 
     def load(self, sources: Sources) -> Splits:
         """Compute the étude."""

@@ -7,5 +7,6 @@ from imlbench import Model, hookimpl
 def imlbench_models() -> list[type[Model]]:
     """Return the model classes."""
     from imlbench_iml.models import IMLDPGMM, IMLGMM, IMLGaussian
+    from imlbench_iml.sequences import IMLHMM, IMLRNN
 
-    return [IMLGMM, IMLDPGMM, IMLGaussian]
+    return [IMLGMM, IMLDPGMM, IMLGaussian, IMLHMM, IMLRNN]

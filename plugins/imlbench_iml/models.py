@@ -7,6 +7,7 @@ Algorithm 1 of "Learning the Base Distribution in Implicit Generative Models"
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,12 +25,15 @@ class IMLParams(Params):
     """Parameters of every IML model: those of the auto-encoder."""
 
     latent_dim: int | None = Field(None, ge=1)
-    """Number of latent dimensions, K; by default 20, for 64x64 images 100, and for data of fewer
-    dimensions all there are."""
+    """Number of latent dimensions, K; by default 20, for 64x64 images 100, for sequences 80, and
+    for data of fewer dimensions all there are."""
     hidden_dim: int | None = Field(None, ge=1)
     """Width of the perceptron's hidden layer; by default 600, or as wide as narrower data."""
-    width: int = Field(128, ge=1)
-    """Channels of the widest images inside a convolutional network, d."""
+    width: int | None = Field(None, ge=2)
+    """Channels of the widest layers inside a convolutional network, d; by default 128, and for
+    sequences 16, where the paper has 128."""
+    filter_length: int = Field(40, ge=2, multiple_of=2)
+    """Length of the filters for sequences, in samples; the paper has 200."""
     epochs: int = Field(18, ge=1)
     """Passes of the auto-encoder over the training set."""
     batch_size: int = Field(500, ge=1)
@@ -39,7 +43,7 @@ class IMLParams(Params):
     added to the inverse of the output activation, where black is -5.6 and white 5.6; by default 4,
     and 0 for other auto-encoders. Zero is the paper's plain reconstruction."""
     learning_rate: float | None = Field(None, gt=0)
-    """Peak of Adam's one-cycle schedule; by default 3e-3, for convolutions 5e-4."""
+    """Peak of Adam's one-cycle schedule; by default 3e-3, for convolutions on images 5e-4."""
 
 
 class IML(Model):
@@ -54,7 +58,7 @@ class IML(Model):
     """
 
     family = "iml"
-    kinds: frozenset[Kind] = frozenset({"vector", "image"})
+    kinds: frozenset[Kind] = frozenset({"vector", "image", "sequence"})
     Params = IMLParams
 
     def __init__(self, params: Any, space: Space) -> None:
@@ -71,22 +75,25 @@ class IML(Model):
         """Fill in what depends on the data; sizes must fit into them, or nothing inverts."""
         convolutional, dims = is_convolutional(space), space.n_dims
         hidden, latent = params.hidden_dim, params.latent_dim
-        is_perceptron = not convolutional and space.kind != "vector"
+        is_perceptron = space.kind == "image" and not convolutional
         if is_perceptron:
             hidden = hidden or min(600, dims)
-            _require("hidden_dim", hidden, dims, "the dimensions of the data")
-        latent = latent or min(100 if convolutional else 20, hidden or dims, dims)
-        _require("latent_dim", latent, dims, "the dimensions of the data")
+            require_at_most("hidden_dim", hidden, dims, "the dimensions of the data")
+        usual = 80 if space.kind == "sequence" else 100 if convolutional else 20
+        latent = latent or min(usual, hidden if is_perceptron else dims)
+        require_at_most("latent_dim", latent, dims, "the dimensions of the data")
         if is_perceptron:
-            _require("latent_dim", latent, hidden, "hidden_dim")
-        elif params.noise:
-            problem = f"must be 0 for {space.kind} data of this size; got {params.noise}."
+            require_at_most("latent_dim", latent, hidden, "hidden_dim")
+        can_have_noise = is_perceptron and space.value_range is not None
+        if params.noise and not can_have_noise:
+            problem = f"must be 0 where the output has no sigmoid; got {params.noise}."
             raise ParameterError("noise", problem)
         return params.model_copy(
             update={
                 "hidden_dim": hidden,
                 "latent_dim": latent,
-                "noise": (4.0 if is_perceptron else 0.0) if params.noise is None else params.noise,
+                "width": params.width or (16 if space.kind == "sequence" else 128),
+                "noise": 4.0 * can_have_noise if params.noise is None else params.noise,
                 "learning_rate": params.learning_rate or (5e-4 if convolutional else 3e-3),
             }
         )
@@ -97,12 +104,14 @@ class IML(Model):
             return self.autoencoder.has_volume
         if capability == "log_prob":
             return self.autoencoder.is_bijective
+        if capability == "base_log_prob_sequence":
+            return self.space.kind == "sequence"
         return super().can(capability)
 
     def fit(self, train: Examples, valid: Examples, context: FitContext) -> None:
         """Train the auto-encoder, unless it is known already, then fit the base distribution."""
         n_components = getattr(self.params, "n_components", 1)
-        _require("n_components", n_components, len(train), "the number of training examples")
+        require_at_most("n_components", n_components, len(train), "the number of training examples")
         if not self.autoencoder.is_bijective:  # a bijection reconstructs whatever it is given
             context.fit_once(
                 "autoencoder",
@@ -112,14 +121,20 @@ class IML(Model):
             )
         with torch.no_grad():
             h, h_valid = (self._embed(split) for split in (train, valid))
-        self.density.fit(
+        self.fit_density(
             h,
             valid=h_valid,
+            lengths=train.lengths,
+            valid_lengths=valid.lengths,
             generator=context.generator("density"),
             report=lambda step, n_steps, value: context.report(
                 "density", step, n_steps, log_likelihood=value
             ),
         )
+
+    def fit_density(self, h: Tensor, **arguments: Any) -> None:
+        """Fit the base distribution to embeddings (N, K); ``arguments`` are those of its fit."""
+        self.density.fit(h, **arguments)
 
     def _fit_autoencoder(self, train: Examples, context: FitContext) -> None:
         p = self.params
@@ -180,6 +195,20 @@ class IML(Model):
         """Return the log-density of the latents of x, nats, (N,)."""
         return self.density.log_prob(self.encode(x))
 
+    def base_log_prob_sequence(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        r"""Return the log-density of every chunk's latents, given the chunks before it.
+
+        Arguments:
+            x: The chunks of whole recordings, shape :math:`(N, *event\_shape)`.
+            lengths: The number of chunks of each recording; sums to N.
+
+        Returns:
+            :math:`\log p_0(h_t \mid h_1, \dots, h_{t-1})` in nats, shape (N,). If the base
+            distribution takes chunks as exchangeable, :math:`\log p_0(h_t)`.
+        """
+        h = torch.cat([self.encode(part) for part in x.split(1000)])
+        return self.density.log_prob(h, lengths)
+
     def log_prob(self, x: Tensor) -> Tensor:
         """Return the exact log-density of the data, by the change of variables, nats, (N,)."""
         return self.log_prob_layerwise(x)
@@ -196,7 +225,8 @@ class IML(Model):
         return self.density.log_prob(h) - torch.cat(volumes)
 
 
-def _require(name: str, size: int, limit: int, what: str) -> None:
+def require_at_most(name: str, size: int, limit: int, what: str) -> None:
+    """Raise :class:`ParameterError` if ``size``, the value of parameter ``name``, is too large."""
     if size > limit:
         raise ParameterError(name, f"must be at most {limit}, {what}; got {size}.")
 

@@ -34,7 +34,7 @@ class VAE(Model):
 
     name = "vae"
     family = "vae"
-    kinds: frozenset[Kind] = frozenset({"vector", "image"})
+    kinds: frozenset[Kind] = frozenset({"vector", "image", "sequence"})
 
     class Params(Params):
         """Parameters of ``vae``."""
