@@ -40,8 +40,9 @@ class IMLParams(Params):
     """Examples per step; fewer on small data, so that an epoch has at least 50 steps."""
     noise: float | None = Field(None, ge=0)
     """Standard deviation of the noise that the perceptron's encoder must undo while it is trained,
-    added to the inverse of the output activation, where black is -5.6 and white 5.6; by default 4,
-    and 0 for other auto-encoders. Zero is the paper's plain reconstruction."""
+    added to the inverse of the output activation, where black is -5.6 and white 5.6; by default 4
+    for 784 pixels and in proportion to the root of their number, as the norm of an image is, and 0
+    for other auto-encoders. Zero is the paper's plain reconstruction."""
     learning_rate: float | None = Field(None, gt=0)
     """Peak of Adam's one-cycle schedule; by default 3e-3, for convolutions on images 5e-4."""
 
@@ -85,6 +86,7 @@ class IML(Model):
         if is_perceptron:
             require_at_most("latent_dim", latent, hidden, "hidden_dim")
         can_have_noise = is_perceptron and space.value_range is not None
+        usual_noise = 4.0 * (dims / 784) ** 0.5 if can_have_noise else 0.0
         if params.noise and not can_have_noise:
             problem = f"must be 0 where the output has no sigmoid; got {params.noise}."
             raise ParameterError("noise", problem)
@@ -93,7 +95,7 @@ class IML(Model):
                 "hidden_dim": hidden,
                 "latent_dim": latent,
                 "width": params.width or (16 if space.kind == "sequence" else 128),
-                "noise": 4.0 * can_have_noise if params.noise is None else params.noise,
+                "noise": usual_noise if params.noise is None else params.noise,
                 "learning_rate": params.learning_rate or (5e-4 if convolutional else 3e-3),
             }
         )
