@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -20,10 +21,31 @@ _LEAST, _GREATEST = math.log(0.01), math.log(10.0)  # standard deviations, of th
 _CHECK_EVERY = 20  # steps between looks at held-out sequences
 
 
+class SequenceParams(IMLParams):
+    """Parameters of every IML model of time."""
+
+    concatenate: bool = False
+    """Take all recordings for one, as the paper does with spoken digits: the model learns what
+    comes after an utterance, and what it generates goes on to the next. Otherwise recordings are
+    independent, and each has a beginning."""
+
+
 class SequenceIML(IML):
     """IML whose base distribution is one of sequences; its samples follow each other in time."""
 
     kinds: frozenset[Kind] = frozenset({"sequence"})
+    Params = SequenceParams
+
+    def fit_density(self, h: Tensor, **arguments: Any) -> None:
+        """Fit the base distribution to recordings, or to all of them as one."""
+        if self.params.concatenate:
+            arguments |= {"lengths": None, "valid_lengths": None}
+        super().fit_density(h, **arguments)
+
+    def base_log_prob_sequence(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Return the log-density of every chunk's latents, given those before it, (N,)."""
+        whole = [len(x)] if self.params.concatenate else lengths
+        return super().base_log_prob_sequence(x, whole)
 
     def can(self, capability: str) -> bool:
         """A chunk has no density without those before it: ``base_log_prob`` is not defined."""
@@ -38,7 +60,7 @@ class IMLHMM(SequenceIML):
 
     name = "iml-hmm"
 
-    class Params(IMLParams):
+    class Params(SequenceParams):
         """Parameters of ``iml-hmm``."""
 
         n_states: int = Field(300, ge=1)
@@ -65,7 +87,7 @@ class IMLHMM(SequenceIML):
         """Fit the hidden Markov model; its prior of the variances is in units of the latents."""
         variance = h.var(dim=0, correction=0).mean().item()
         self.density.variance_prior = self.params.variance_prior * variance
-        self.density.fit(h, **arguments)
+        super().fit_density(h, **arguments)
 
 
 class IMLRNN(SequenceIML):
@@ -73,7 +95,7 @@ class IMLRNN(SequenceIML):
 
     name = "iml-rnn"
 
-    class Params(IMLParams):
+    class Params(SequenceParams):
         """Parameters of ``iml-rnn``."""
 
         n_components: int = Field(30, ge=1)
@@ -123,7 +145,7 @@ class RecurrentMixture(Density):
         >>> generator = torch.Generator().manual_seed(0)
         >>> h = torch.randn(400, 1, generator=generator)
         >>> h[::2] += 9.0
-        >>> rnn = RecurrentMixture(1, 1, n_units=8, max_iter=200, n_chunks=20)
+        >>> rnn = RecurrentMixture(1, 2, n_units=8, max_iter=150, learning_rate=0.03)
         >>> jumps = rnn.fit(h, generator=generator).sample(100, generator).diff(dim=0)
         >>> bool((jumps.abs() > 4).float().mean() > 0.9)
         True
@@ -180,14 +202,25 @@ class RecurrentMixture(Density):
             valid = self._points("valid", valid).to(h.device)
             held_out = (valid, self._lengths("valid_lengths", valid_lengths, len(valid)))
         self.to(h.device)
+        with single_threaded():
+            self._fit(h, checked, held_out, generator, report)
+        return self
+
+    def _fit(
+        self,
+        h: Tensor,
+        lengths: list[int],
+        held_out: tuple[Tensor, list[int]],
+        generator: Generator,
+        report: Report | None,
+    ) -> None:
         self.mean = h.double().mean(0)
         scale = h.double().std(0, correction=0)
         self.scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         z = self._standardise(h)
         self._initialise(z, generator)
         with torch.enable_grad():
-            self._optimise(z, checked, held_out, generator, report)
-        return self
+            self._optimise(z, lengths, held_out, generator, report)
 
     @torch.no_grad()
     def _initialise(self, z: Tensor, generator: Generator) -> None:
@@ -297,6 +330,17 @@ class RecurrentMixture(Density):
         squared = ((z[..., None, :] - mean) * (-log_scale).exp()).square()
         log_normal = -(0.5 * (squared + _LOG_2PI) + log_scale).sum(-1)
         return (log_weight + log_normal).logsumexp(-1)
+
+
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """Compute with one thread inside: in steps so small, threads only wait for each other."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 class Stretches:
