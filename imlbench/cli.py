@@ -126,6 +126,7 @@ def run(
     from imlbench.tracking import Tracker
 
     store = Store(results)
+    store.prepare()
     devices = find_devices(device)
     sources = Sources(data_dir, offline)
     plan = identify_data(plan, registry, sources)

@@ -127,21 +127,25 @@ class Store:
     """The results folder.
 
     Arguments:
-        root: Made if it does not exist.
-
-    Raises:
-        UserError: It cannot be written to.
+        root: Where it is.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+
+    def prepare(self) -> None:
+        """Make the folder, if need be.
+
+        Raises:
+            UserError: It cannot be written to.
+        """
         try:
             self.runs.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.runs):
                 pass
         except OSError as error:
             raise UserError(
-                f"--results: {root} must be a folder that can be written to; "
+                f"--results: {self.root} must be a folder that can be written to; "
                 f"got '{error.strerror}'. Choose another with --results."
             ) from error
 
@@ -161,6 +165,6 @@ class Store:
 
     def __iter__(self) -> Iterator[JobFolder]:
         """Iterate over the folders of all jobs that ended, by name."""
-        for path in sorted(self.runs.iterdir()):
+        for path in sorted(self.runs.glob("*")):
             if (path / "status.json").is_file():
                 yield JobFolder(path)
