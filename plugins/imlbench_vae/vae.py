@@ -46,12 +46,12 @@ class VAE(Model):
         """Width of the perceptrons' hidden layers."""
         width: int = Field(128, ge=1)
         """Channels of the widest images inside convolutional networks, d."""
-        epochs: int = Field(20, ge=1)
+        epochs: int = Field(18, ge=1)
         """Passes over the training set."""
-        batch_size: int = Field(500, ge=1)
+        batch_size: int = Field(128, ge=1)
         """Examples per step; fewer on small data, so that an epoch has at least 50 steps."""
-        learning_rate: float | None = Field(None, gt=0)
-        """Peak of Adam's one-cycle schedule; by default 3e-3, for convolutions 1e-3."""
+        learning_rate: float = Field(1e-3, gt=0)
+        """Peak of Adam's one-cycle schedule."""
 
     def __init__(self, params: Any, space: Space) -> None:
         super().__init__(params, space)
@@ -72,14 +72,13 @@ class VAE(Model):
 
     @classmethod
     def resolve(cls, params: Any, space: Space) -> Any:
-        """Fill in latent dimensions and learning rate."""
+        """Fill in the number of latent dimensions."""
         convolutional = is_convolutional(space)
         latent = params.latent_dim or min(100 if convolutional else 20, space.n_dims)
         if latent > space.n_dims:
             problem = f"must be at most {space.n_dims}, the dimensions of the data; got {latent}."
             raise ParameterError("latent_dim", problem)
-        rate = params.learning_rate or (1e-3 if convolutional else 3e-3)
-        return params.model_copy(update={"latent_dim": latent, "learning_rate": rate})
+        return params.model_copy(update={"latent_dim": latent})
 
     def fit(self, train: Examples, valid: Examples, context: FitContext) -> None:
         """Maximise the evidence lower bound by Adam."""
