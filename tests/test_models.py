@@ -18,6 +18,7 @@ QUICK = {
     "n_examples": 60,
     "n_dims": 2,
     "n_states": 3,
+    "n_steps": 20,
 }
 PAIRS = [
     (name, space)

@@ -92,7 +92,7 @@ def draw_spectrograms(signals: Mapping[str, Tensor], title: str, path: Path) -> 
         _show(axes, signal, top)
         axes.set_title(name)
     columns[-1].set_xlabel("time in s")
-    figure.colorbar(columns[0].images[0], ax=columns, label="power in dB, of the loudest real")
+    figure.colorbar(columns[0].images[0], ax=columns, label="power in dB, 0 the loudest real")
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
 

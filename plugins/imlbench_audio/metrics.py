@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imlbench import Evaluation, Examples, Kind, Metric, Score
 from imlbench.densities import kde_log_prob
-from imlbench_audio.framing import CHUNK_SIZE, HOP, RATE, frame, overlap_add
+from imlbench_audio.framing import HOP, RATE, frame, overlap_add
 
 STRETCH = 2 * RATE // HOP
 """Chunks that hang together, for standard errors: 2 s."""
@@ -237,7 +237,7 @@ class LogSpectralDistance(Metric):
         distances = decibels.square().mean(dim=1).sqrt()
         n = len(distances)
         stderr = (distances.std() / n**0.5).item() if n > 1 else None
-        return Score(distances.mean().item(), stderr, None, {"draws": n, "chunk": CHUNK_SIZE})
+        return Score(distances.mean().item(), stderr, None, {"draws": n, "floor_db": -60})
 
 
 def average_spectrum(sequences: Sequence[Tensor]) -> Tensor:

@@ -111,6 +111,17 @@ class IMLRNN(SequenceIML):
         return RecurrentMixture(p.latent_dim, p.n_components, n_units=p.n_units, max_iter=p.n_steps)
 
 
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """Compute with one thread: in steps as small as here, several wait for each other."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
 class RecurrentMixture(Density):
     r"""An autoregressive recurrent network with mixture-density output.
 
@@ -161,7 +172,7 @@ class RecurrentMixture(Density):
         *,
         n_units: int = 64,
         max_iter: int = 1000,
-        learning_rate: float = 2e-3,
+        learning_rate: float = 5e-3,
         batch_size: int = 16,
         n_chunks: int = 60,
         input_noise: float = 0.3,
@@ -185,6 +196,7 @@ class RecurrentMixture(Density):
     def extra_repr(self) -> str:
         return f"n_dims={self.n_dims}, n_components={self.n_components}, n_units={self.n_units}"
 
+    @single_threaded()
     def fit(
         self,
         h: Tensor,
@@ -202,25 +214,14 @@ class RecurrentMixture(Density):
             valid = self._points("valid", valid).to(h.device)
             held_out = (valid, self._lengths("valid_lengths", valid_lengths, len(valid)))
         self.to(h.device)
-        with single_threaded():
-            self._fit(h, checked, held_out, generator, report)
-        return self
-
-    def _fit(
-        self,
-        h: Tensor,
-        lengths: list[int],
-        held_out: tuple[Tensor, list[int]],
-        generator: Generator,
-        report: Report | None,
-    ) -> None:
         self.mean = h.double().mean(0)
         scale = h.double().std(0, correction=0)
         self.scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         z = self._standardise(h)
         self._initialise(z, generator)
         with torch.enable_grad():
-            self._optimise(z, lengths, held_out, generator, report)
+            self._optimise(z, checked, held_out, generator, report)
+        return self
 
     @torch.no_grad()
     def _initialise(self, z: Tensor, generator: Generator) -> None:
@@ -279,6 +280,7 @@ class RecurrentMixture(Density):
         return -self._log_mixture(u, target)[inside].mean() / self.n_dims
 
     @torch.no_grad()
+    @single_threaded()
     def log_prob(self, h: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         h = self._points("h", h)
         checked = self._lengths("lengths", lengths, len(h))
@@ -291,6 +293,7 @@ class RecurrentMixture(Density):
         return (torch.cat(parts) - self.scale.log().sum()).to(h.device)
 
     @torch.no_grad()
+    @single_threaded()
     def sample_components(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
         n = self._at_least("n", n, 1)
         where = {"generator": generator, "device": generator.device}
@@ -330,17 +333,6 @@ class RecurrentMixture(Density):
         squared = ((z[..., None, :] - mean) * (-log_scale).exp()).square()
         log_normal = -(0.5 * (squared + _LOG_2PI) + log_scale).sum(-1)
         return (log_weight + log_normal).logsumexp(-1)
-
-
-@contextlib.contextmanager
-def single_threaded() -> Iterator[None]:
-    """Compute with one thread inside: in steps so small, threads only wait for each other."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n_threads)
 
 
 class Stretches:
