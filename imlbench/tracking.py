@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imlbench.errors import UserError
@@ -40,6 +41,8 @@ class Tracker:
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
         self._artifacts = (root / "mlartifacts").as_uri() if self.is_default else None
         self.problem = ""
+        self._is_new = self._is_missing
+        self._logged: set[Path] = set()
 
     def log_pending(self, folders: Iterable[JobFolder]) -> None:
         """Log the folders that the server does not hold yet; nothing more after a failure."""
@@ -49,6 +52,7 @@ class Tracker:
             try:
                 client = self._client()
                 self._log(client, self._experiment(client), folder)
+                self._logged.add(folder.path)
             except Exception as error:  # MLflow raises many kinds; none may cost a result
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 self.problem = (
@@ -89,8 +93,8 @@ class Tracker:
         return self.is_default and not (self.store.root / "mlflow.db").exists()
 
     def _holds(self, folder: JobFolder) -> bool:
-        if self._is_missing:
-            return False
+        if self._is_new and folder.path not in self._logged:
+            return False  # whatever the folder says, it meant an older database
         known = folder.read("tracking.json")
         return known.get("uri") == self.uri and known.get("content") == _content(folder)
 
