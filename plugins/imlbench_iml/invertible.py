@@ -130,8 +130,8 @@ class Sigmoid(Elementwise):
 
     Example:
         >>> layer = Sigmoid(0.0, 1.0)
-        >>> layer(layer.inverse(torch.tensor([0.0, 0.5, 1.0])))
-        tensor([0.0000, 0.5000, 1.0000])
+        >>> layer(layer.inverse(torch.tensor([0.0, 0.5, 1.0]))).mul(1000).round().abs()
+        tensor([   0.,  500., 1000.])
     """
 
     y_join = (1 + math.sqrt(1 - 4 * SLOPE)) / 2
