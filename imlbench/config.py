@@ -218,9 +218,11 @@ def _file_settings(table: _Table, where: str, errors: list[str]) -> list[Setting
     found = []
     for key, tree in (("set", table.set), ("grid", table.grid)):
         for outer, inner in tree.items():
-            leaves = inner if isinstance(inner, dict) else {outer: inner}
+            target, _, parameter = outer.rpartition(".")
+            leaves = {parameter: inner}
+            if isinstance(inner, dict):
+                target, leaves = outer, inner
             for name, value in leaves.items():
-                target = outer if isinstance(inner, dict) else ""
                 origin = f"{where}.{key}] {f'{target}.' if target else ''}{name}"
                 if key == "grid" and not (isinstance(value, list) and value):
                     errors.append(f"{origin}: must be a list of values to try; got {value!r}.")

@@ -24,7 +24,7 @@ from imlbench_audio.metrics import (
     ReconstructionSNR,
     SequenceLogLikelihood,
     ShuffledLogLikelihood,
-    SpectralPairKDE,
+    WaveformPairKDE,
     mean_of_chunks,
     shuffled,
 )
@@ -73,7 +73,7 @@ def loudness(chunks: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("metric", "features"),
-    [(PairKDE(), lambda x: x.double().numpy()), (SpectralPairKDE(), loudness)],
+    [(WaveformPairKDE(), lambda x: x.double().numpy()), (PairKDE(), loudness)],
 )
 def test_pair_kde_is_scipys_on_pairs_within_recordings(metric, features):
     lengths = (5, 1, 14)
@@ -92,7 +92,7 @@ def test_pair_kde_is_scipys_on_pairs_within_recordings(metric, features):
         assert brute_force_kde(x, draws[0], factor * score.settings["h"]).mean() < best
 
 
-@pytest.mark.parametrize("metric", [PairKDE(), SpectralPairKDE()])
+@pytest.mark.parametrize("metric", [WaveformPairKDE(), PairKDE()])
 def test_pair_kde_prefers_a_model_of_time(metric):
     test = Examples(alternating(60, 0), lengths=(30, 30))
     in_time, without = (

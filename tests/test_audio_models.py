@@ -91,20 +91,36 @@ def test_likelihood_of_held_out_recordings_is_hmmlearns():
     assert ours.sum().item() / 30 == pytest.approx(sum(theirs) / 30, abs=1e-6)
 
 
-@pytest.mark.parametrize("concatenate", [False, True])
-def test_lengths_reach_the_density(concatenate):
+@pytest.mark.parametrize(
+    ("cls", "params", "lengths", "valid_lengths"),
+    [
+        (IMLHMM, {"n_states": 2}, (30, 30), (15, 15)),
+        (IMLRNN, {"n_components": 2, "n_units": 4, "n_steps": 20}, None, None),
+    ],
+)
+def test_recordings_have_beginnings_for_the_hmm_only(cls, params, lengths, valid_lengths):
     splits = make_splits(CHUNKS, 60)
     seen = {}
-    params = IMLHMM.Params(**QUICK, n_states=2, concatenate=concatenate)
-    model = IMLHMM(IMLHMM.resolve(params, CHUNKS), CHUNKS)
+    model = cls(cls.resolve(cls.Params(**QUICK, **params), CHUNKS), CHUNKS)
     fit = model.density.fit
     model.density.fit = lambda h, **arguments: (seen.update(arguments), fit(h, **arguments))
     model.fit(splits.train, splits.valid, Context())
-    assert seen["lengths"] == (None if concatenate else (30, 30))
-    assert seen["valid_lengths"] == (None if concatenate else (15, 15))
+    assert (seen["lengths"], seen["valid_lengths"]) == (lengths, valid_lengths)
     x = splits.test[:]
-    expected = model.density.log_prob(model.encode(x), None if concatenate else (15, 15))
+    expected = model.density.log_prob(model.encode(x), valid_lengths)
     torch.testing.assert_close(model.base_log_prob_sequence(x, (15, 15)), expected)
+
+
+def test_the_hmms_latents_are_uncorrelated_and_decode_as_before():
+    splits = make_splits(CHUNKS, 200)
+    model = fitted(IMLHMM, splits, **QUICK, n_states=2)
+    x = splits.train[:]
+    h = model.encode(x).double()
+    correlation = h.T.corrcoef()
+    # Axes of float32: 3 latents whose variances differ by less than three orders of magnitude.
+    torch.testing.assert_close(correlation, torch.eye(3).double(), rtol=0, atol=1e-3)
+    again = model.autoencoder(x)
+    torch.testing.assert_close(model.decode(model.encode(x)), again, rtol=0, atol=1e-5)
 
 
 def test_exchangeable_models_give_chunks_the_same_density_in_any_order():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from imlbench import Sources
 from imlbench.config import make_benchmark
@@ -50,6 +51,19 @@ def test_a_mixture_base_reaches_the_true_likelihood_and_one_gaussian_does_not(re
     assert value(folders["iml-gmm"], "modes_covered") == pytest.approx(2, abs=0.01)
     for folder in folders.values():
         assert (folder.path / "figures" / "plane.png").stat().st_size > 10_000
+
+
+def test_recordings_in_order_beat_their_chunks_in_any_order(registry, tmp_path):
+    """A metric of pairs is worth nothing if it cannot tell time from shuffled time in real data."""
+    folders = run(registry, tmp_path, ["reference-train", "reference-recordings"], "synth-violin")
+    in_order, shuffled = (
+        value(folders[f"reference-{what}"], "kde_pairs") for what in ("recordings", "train")
+    )
+    assert in_order > shuffled + 5
+    chunks = load_file(folders["reference-recordings"].path / "samples.safetensors")["samples"][0]
+    # Halves that overlap are the same signal s, once s w[400:] and once s w[:400].
+    rising, falling = torch.hann_window(800).split(400)
+    torch.testing.assert_close(chunks[:-1, 400:] * rising, chunks[1:, :400] * falling)
 
 
 def test_real_points_score_at_the_kernel_estimates_own_limit(registry, tmp_path):

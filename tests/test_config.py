@@ -23,10 +23,13 @@ grid = { latent_dim = [2, 4] }
 """
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
+ADDRESS = '"vae.learning_rate" = 0.01'
+
+
+@pytest.fixture(params=[ADDRESS, ADDRESS.replace('"', ""), "vae = { learning_rate = 0.01 }"])
+def path(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     file = tmp_path / "benchmarks.toml"
-    file.write_text(TOML.replace('"vae.learning_rate" = 0.01', "vae = { learning_rate = 0.01 }"))
+    file.write_text(TOML.replace(ADDRESS, request.param))
     return file
 
 

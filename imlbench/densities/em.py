@@ -19,8 +19,8 @@ class LatentDensity(Density, Generic[Statistics]):
     """Base class of densities with a hidden component (or state) per point.
 
     After :meth:`fit`, ``log_likelihoods`` holds the criterion of every iteration in nats per point,
-    the start first, ``n_iter`` the iteration whose parameters were kept, and ``converged`` whether
-    the fit ended before ``max_iter``.
+    the start first, ``n_iter`` the iteration whose parameters were kept (the best one for held-out
+    points, otherwise the last), and ``converged`` whether the fit ended before ``max_iter``.
 
     Arguments:
         n_dims: The number of dimensions :math:`K`.
@@ -134,7 +134,7 @@ class LatentDensity(Density, Generic[Statistics]):
             self.log_likelihoods.append(value)
             if report is not None:
                 report(iteration, self.max_iter, value)
-            if value > greatest:
+            if held_out is None or value > greatest:  # with a prior, training likelihood may fall
                 greatest, best, self.n_iter = value, self._snapshot(), iteration
             if value - previous < self.tol:
                 self.converged = True

@@ -39,6 +39,16 @@ class Packed(NamedTuple):
         for (before, start), stop in zip(pairwise(self.starts), self.starts[2:], strict=False):
             yield before, before + stop - start, start, stop
 
+    def last(self) -> list[int]:
+        """The rows of the recordings' last points."""
+        sizes = [stop - start for start, stop in pairwise(self.starts)]
+        n_going_on = [*sizes[1:], 0]
+        return [
+            row
+            for start, size, n in zip(self.starts, sizes, n_going_on, strict=False)
+            for row in range(start + n, start + size)
+        ]
+
 
 def pack(lengths: Sequence[int], device: torch.device) -> Packed:
     """Packs recordings that follow each other.
@@ -80,11 +90,13 @@ class HMMStatistics:
 
     Arguments:
         starts: Expected number of recordings that start in each state, shape (C,).
+        ends: Expected number of recordings that end in each state, shape (C,).
         transitions: Expected number of transitions, shape (C, C).
         moments: Responsibilities times 1, the points and their squares, shape (C, 1 + 2 K).
     """
 
     starts: Tensor
+    ends: Tensor
     transitions: Tensor
     moments: Tensor
 
@@ -101,6 +113,10 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
     point can make a difference of 208 orders of magnitude good. Smaller probabilities, zeros too,
     count as 1e-100, so a sequence that a model with zeros calls impossible has a tiny density
     rather than none.
+
+    Samples are recordings one after another: :math:`e_z` is the share of the points of a state that
+    were the last of their recording, and after such a point a sample starts anew from :math:`\pi`.
+    Densities are conditional on where recordings end.
 
     As in hmmlearn, :math:`s` is the expected sum of squares plus ``variance_prior``, over the
     expected count. A state that is never visited keeps its mean, variances and transitions.
@@ -137,6 +153,7 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
     """
 
     start: Tensor
+    ends: Tensor
     transitions: Tensor
     means: Tensor
     variances: Tensor
@@ -178,6 +195,7 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         self.variance_prior, self.transition_prior = variance_prior, transition_prior
         c, double = n_components, torch.float64
         self.register_buffer("start", torch.full((c,), 1 / c, dtype=double))
+        self.register_buffer("ends", torch.zeros(c, dtype=double))
         self.register_buffer("transitions", torch.full((c, c), 1 / c, dtype=double))
         self.register_buffer("means", torch.zeros(c, n_dims, dtype=double))
         self.register_buffer("variances", torch.ones(c, n_dims, dtype=double))
@@ -187,6 +205,8 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         cls, start: Tensor, transitions: Tensor, means: Tensor, variances: Tensor, **options: Any
     ) -> Self:
         r"""Builds a model with the given parameters; fitting it starts from them.
+
+        Its samples are one recording each.
 
         Arguments:
             start: :math:`\pi`, shape :math:`(C,)`, not negative, summing to one.
@@ -239,12 +259,16 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
     @torch.no_grad()
     def sample_components(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
         n = self._at_least("n", n, 1)
-        uniform = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
-        cumulative = self.transitions.double().cumsum(1).cpu()
-        row, states = self.start.double().cumsum(0).cpu(), []
-        for u in uniform.cpu():
+        device, double = generator.device, torch.float64
+        uniform = torch.rand(n, 2, generator=generator, device=device, dtype=double)
+        start, ends, transitions = (
+            parameter.double().cpu() for parameter in (self.start, self.ends, self.transitions)
+        )
+        first, following = start.cumsum(0), transitions.cumsum(1)
+        row, states = first, list[int]()
+        for u, v in uniform.cpu():
             states.append(int(torch.searchsorted(row, u * row[-1], right=True)))
-            row = cumulative[states[-1]]
+            row = first if v < ends[states[-1]] else following[states[-1]]
         state = torch.tensor(states, device=self.device)
         noise = normal((n, self.n_dims), generator, self.device)
         return (self.means[state] + noise * self.variances[state].sqrt()).float(), state
@@ -350,6 +374,7 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
     def _expectation(self, h: Tensor, lengths: list[int]) -> tuple[HMMStatistics, float]:
         emissions = DiagonalNormal(self.means, 1 / self.variances)
         start, counts = torch.zeros_like(self.start), torch.zeros_like(self.transitions)
+        ends = torch.zeros_like(self.ends)
         moments = self.means.new_zeros(self.n_components, 1 + 2 * self.n_dims)
         total = torch.zeros((), dtype=torch.float64, device=h.device)
         for rows, group in self._groups(h, lengths):
@@ -357,10 +382,11 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
             x = h[rows][packed.order]
             states, pairs, log_likelihood = self._posterior(x, packed, emissions)
             start += states[: packed.starts[1]].sum(0)
+            ends += states[packed.last()].sum(0)
             counts += pairs
             moments += self._moments(x, states)
             total += log_likelihood
-        return HMMStatistics(start, counts, moments), float(total) / len(h)
+        return HMMStatistics(start, ends, counts, moments), float(total) / len(h)
 
     def _log_likelihood(self, h: Tensor, lengths: list[int]) -> float:
         return float(self._conditionals(h, lengths).mean())
@@ -372,6 +398,12 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         leaving = counts.sum(1, keepdim=True)
         self.transitions = torch.where(leaving > 0, counts / leaving, self.transitions)
         self._set_emissions(statistics.moments)
+        self._set_ends(statistics)
+
+    def _set_ends(self, statistics: HMMStatistics) -> None:
+        visits = statistics.moments[:, 0]
+        ends = (statistics.ends / visits.clamp(min=_UNVISITED)).clamp(max=1)
+        self.ends = torch.where(visits > _UNVISITED, ends, self.ends)
 
     def _set_emissions(self, moments: Tensor) -> None:
         count, sums, squares = moments.split([1, self.n_dims, self.n_dims], dim=1)
@@ -411,5 +443,7 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         found = (model.startprob_, model.transmat_, model.means_, model._covars_)
         for name, value in zip(("start", "transitions", "means", "variances"), found, strict=True):
             setattr(self, name, torch.tensor(value, device=self.device))
+        self._prepare(h)
+        self._set_ends(self._expectation(h, lengths)[0])
         self.log_likelihoods = [value / len(h) for value in model.monitor_.history]
         self.n_iter, self.converged = model.monitor_.iter, bool(model.monitor_.converged)

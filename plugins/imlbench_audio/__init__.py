@@ -20,7 +20,7 @@ def imlbench_metrics() -> list[type[Metric]]:
         metrics.SequenceLogLikelihood,
         metrics.ShuffledLogLikelihood,
         metrics.PairKDE,
-        metrics.SpectralPairKDE,
+        metrics.WaveformPairKDE,
         metrics.ReconstructionSNR,
         metrics.LogSpectralDistance,
     ]

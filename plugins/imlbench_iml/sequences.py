@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from imlbench import Examples, FitContext, Kind
+from imlbench import Examples, FitContext, Kind, Space
 from imlbench.densities import Density, GaussianHMM, GaussianMixture
 from imlbench.densities.density import Report
 from imlbench_iml.models import IML, IMLParams, require_at_most
@@ -21,31 +21,10 @@ _LEAST, _GREATEST = math.log(0.01), math.log(10.0)  # standard deviations, of th
 _CHECK_EVERY = 20  # steps between looks at held-out sequences
 
 
-class SequenceParams(IMLParams):
-    """Parameters of every IML model of time."""
-
-    concatenate: bool = False
-    """Take all recordings for one, as the paper does with spoken digits: the model learns what
-    comes after an utterance, and what it generates goes on to the next. Otherwise recordings are
-    independent, and each has a beginning."""
-
-
 class SequenceIML(IML):
     """IML whose base distribution is one of sequences; its samples follow each other in time."""
 
     kinds: frozenset[Kind] = frozenset({"sequence"})
-    Params = SequenceParams
-
-    def fit_density(self, h: Tensor, **arguments: Any) -> None:
-        """Fit the base distribution to recordings, or to all of them as one."""
-        if self.params.concatenate:
-            arguments |= {"lengths": None, "valid_lengths": None}
-        super().fit_density(h, **arguments)
-
-    def base_log_prob_sequence(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Return the log-density of every chunk's latents, given those before it, (N,)."""
-        whole = [len(x)] if self.params.concatenate else lengths
-        return super().base_log_prob_sequence(x, whole)
 
     def can(self, capability: str) -> bool:
         """A chunk has no density without those before it: ``base_log_prob`` is not defined."""
@@ -55,12 +34,14 @@ class SequenceIML(IML):
 class IMLHMM(SequenceIML):
     """IML with a hidden Markov model as base distribution, as in the paper's audio experiments.
 
-    Each state emits latents of independent Gaussian coordinates.
+    Each state emits latents of independent Gaussian coordinates. That assumption depends on the
+    axes, so the latents are turned to the principal axes of the training chunks'.
     """
 
     name = "iml-hmm"
+    axes: Tensor
 
-    class Params(SequenceParams):
+    class Params(IMLParams):
         """Parameters of ``iml-hmm``."""
 
         n_states: int = Field(300, ge=1)
@@ -71,6 +52,10 @@ class IMLHMM(SequenceIML):
         variance_prior: float = Field(0.1, ge=0)
         """Chunks of average variance that every state is given beside its own, so that a state of
         few chunks is not too narrow."""
+
+    def __init__(self, params: Any, space: Space) -> None:
+        super().__init__(params, space)
+        self.register_buffer("axes", torch.eye(params.latent_dim))
 
     def make_density(self) -> Density:
         """Return a hidden Markov model with diagonal covariances."""
@@ -84,18 +69,35 @@ class IMLHMM(SequenceIML):
         super().fit(train, valid, context)
 
     def fit_density(self, h: Tensor, **arguments: Any) -> None:
-        """Fit the hidden Markov model; its prior of the variances is in units of the latents."""
-        variance = h.var(dim=0, correction=0).mean().item()
-        self.density.variance_prior = self.params.variance_prior * variance
-        super().fit_density(h, **arguments)
+        """Choose the axes, and fit the hidden Markov model to latents along them.
+
+        Its prior of the variances is in units of the latents'.
+        """
+        variance, axes = torch.linalg.eigh(h.double().T.cov(correction=0))
+        self.axes.copy_(axes)
+        self.density.variance_prior = self.params.variance_prior * variance.mean().item()
+        arguments["valid"] = arguments["valid"] @ self.axes
+        super().fit_density(h @ self.axes, **arguments)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the latents along the axes, (N, K)."""
+        return super().encode(x) @ self.axes
+
+    def decode(self, h: Tensor) -> Tensor:
+        """Return chunks for latents along the axes, (N, K)."""
+        return super().decode(h @ self.axes.mT)
 
 
 class IMLRNN(SequenceIML):
-    """IML with a recurrent network as base distribution: a mixture given everything before."""
+    """IML with a recurrent network as base distribution: a mixture given everything before.
+
+    It takes recordings that follow each other for one, and learns by itself where one ends and
+    what comes then; so what it generates goes on to the next recording.
+    """
 
     name = "iml-rnn"
 
-    class Params(SequenceParams):
+    class Params(IMLParams):
         """Parameters of ``iml-rnn``."""
 
         n_components: int = Field(30, ge=1)
@@ -109,6 +111,14 @@ class IMLRNN(SequenceIML):
         """Return a recurrent network with mixture-density output."""
         p = self.params
         return RecurrentMixture(p.latent_dim, p.n_components, n_units=p.n_units, max_iter=p.n_steps)
+
+    def fit_density(self, h: Tensor, **arguments: Any) -> None:
+        """Fit the network to all recordings as one."""
+        super().fit_density(h, **arguments | {"lengths": None, "valid_lengths": None})
+
+    def base_log_prob_sequence(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Return the log-density of every chunk's latents, given all those before it, (N,)."""
+        return super().base_log_prob_sequence(x, [len(x)])
 
 
 @contextlib.contextmanager

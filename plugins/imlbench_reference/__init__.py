@@ -6,6 +6,11 @@ from imlbench import Model, hookimpl
 @hookimpl
 def imlbench_models() -> list[type[Model]]:
     """Return the model classes."""
-    from imlbench_reference.reference import ReferenceGMM, ReferenceKMeans, ReferenceTrain
+    from imlbench_reference import reference
 
-    return [ReferenceTrain, ReferenceKMeans, ReferenceGMM]
+    return [
+        reference.ReferenceTrain,
+        reference.ReferenceRecordings,
+        reference.ReferenceKMeans,
+        reference.ReferenceGMM,
+    ]

@@ -1,8 +1,9 @@
-"""Three rows that every leaderboard should have beside its models.
+"""Rows that every leaderboard should have beside its models.
 
 A model that scores below ``reference-train`` on a metric of sample quality is beaten by copying the
 training set; a metric on which ``reference-kmeans`` is far above ``reference-train`` rewards
-averages more than data.
+averages more than data. On sequences, what ``reference-recordings`` is above ``reference-train``
+is what a metric gives for the order of time.
 """
 
 from __future__ import annotations
@@ -63,6 +64,36 @@ class ReferenceTrain(_StoredExamples):
         generator = context.generator("choice", "cpu")
         chosen = torch.randperm(len(train), generator=generator)[: self.params.n_examples]
         self._store(train[chosen.to(train.stored.device)])
+
+
+class ReferenceRecordings(_StoredExamples):
+    """Real training recordings as samples, in order: what copying them scores."""
+
+    name = "reference-recordings"
+    kinds: frozenset[Kind] = frozenset({"sequence"})
+
+    class Params(Params):
+        """Parameters of ``reference-recordings``."""
+
+        n_examples: int = Field(5000, ge=1)
+        """Successive training chunks to keep, where they begin is chosen by seed; all if there are
+        fewer."""
+
+    def fit(self, train: Examples, valid: Examples, context: FitContext) -> None:
+        """Choose a stretch of the recordings."""
+        n_starts = max(0, len(train) - self.params.n_examples) + 1
+        start = self._below(n_starts, context.generator("choice", "cpu"))
+        self._store(train[torch.arange(start, min(start + self.params.n_examples, len(train)))])
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Go on from a random chunk, and from the end to the beginning."""
+        available = int(self.n_examples)
+        start = self._below(available, generator)
+        return self.examples[torch.arange(start, start + n) % available]
+
+    @staticmethod
+    def _below(n: int, generator: torch.Generator) -> int:
+        return int(torch.randint(n, (), generator=generator, device=generator.device))
 
 
 class ReferenceKMeans(_StoredExamples):
