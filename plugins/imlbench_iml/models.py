@@ -36,8 +36,9 @@ class IMLParams(Params):
     """Length of the filters for sequences, in samples; the paper has 200."""
     epochs: int = Field(18, ge=1)
     """Passes of the auto-encoder over the training set."""
-    batch_size: int = Field(500, ge=1)
-    """Examples per step; fewer on small data, so that an epoch has at least 50 steps."""
+    batch_size: int | None = Field(None, ge=1)
+    """Examples per step; by default 500, for sequences 50. Fewer on small data, so that an epoch has
+    at least 50 steps."""
     noise: float | None = Field(None, ge=0)
     """Standard deviation of the noise that the perceptron's encoder must undo while it is trained,
     added to the inverse of the output activation, where black is -5.6 and white 5.6; by default 4
@@ -94,6 +95,7 @@ class IML(Model):
             update={
                 "hidden_dim": hidden,
                 "latent_dim": latent,
+                "batch_size": params.batch_size or (50 if space.kind == "sequence" else 500),
                 "width": params.width or (16 if space.kind == "sequence" else 128),
                 "noise": usual_noise if params.noise is None else params.noise,
                 "learning_rate": params.learning_rate or (5e-4 if convolutional else 3e-3),
