@@ -37,8 +37,8 @@ class IMLParams(Params):
     epochs: int = Field(18, ge=1)
     """Passes of the auto-encoder over the training set."""
     batch_size: int | None = Field(None, ge=1)
-    """Examples per step; by default 500, for sequences 50. Fewer on small data, so that an epoch has
-    at least 50 steps."""
+    """Examples per step; by default 500, for sequences 50. Fewer on small data, so that an epoch
+    has at least 50 steps."""
     noise: float | None = Field(None, ge=0)
     """Standard deviation of the noise that the perceptron's encoder must undo while it is trained,
     added to the inverse of the output activation, where black is -5.6 and white 5.6; by default 4
