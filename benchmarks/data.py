@@ -1,0 +1,88 @@
+"""What is measured on: real data and their embeddings, found as every run of imlbench does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imlbench import Examples, FitContext, Sources, Space, Splits, __version__
+from imlbench.job import derive_seed, seeded
+from imlbench.registry import Registry
+from imlbench.store import read_tensors, write_tensors
+
+EPOCHS = 3
+"""Enough for embeddings that are no noise."""
+
+
+class Context(FitContext):
+    """A fit that reports to nobody and caches nothing."""
+
+    def __init__(self, seed: int) -> None:
+        self.device, self.seed = torch.device("cpu"), seed
+
+    def generator(self, purpose: str, device: torch.device | str | None = None) -> torch.Generator:
+        return torch.Generator(device or "cpu").manual_seed(derive_seed(self.seed, purpose))
+
+    def report(self, stage: str, step: int, n_steps: int, **values: float) -> None:
+        pass
+
+    def fit_once(
+        self, stage: str, module: nn.Module, settings: Mapping[str, Any], fit: Callable[[], None]
+    ) -> None:
+        fit()
+
+
+def load(dataset: str) -> tuple[Splits, Space]:
+    """Return a dataset with its usual parameters."""
+    cls = Registry().datasets[dataset]
+    plugin = cls(cls.Params())
+    return plugin.load(Sources()), plugin.space
+
+
+def build(model: str, space: Space, seed: int, **params: Any) -> Any:
+    """Return a model as the harness builds it: parameters resolved, initialised by the seed."""
+    cls = Registry().models[model]
+    with seeded(derive_seed(seed, "initialisation")):
+        return cls(cls.resolve(cls.Params(**params), space), space)
+
+
+def autoencoder(dataset: str, latent_dim: int) -> tuple[Any, Splits]:
+    """Return a briefly trained auto-encoder, which the cache keeps, and its data.
+
+    Arguments:
+        dataset: The dataset's name.
+        latent_dim: The number of latent dimensions.
+    """
+    splits, space = load(dataset)
+    model = build("iml-gaussian", space, seed=0, latent_dim=latent_dim, epochs=EPOCHS)
+    key = json.dumps([__version__, splits.fingerprint, model.params.model_dump()])
+    name = f"{dataset}-{latent_dim}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    path = Sources().cache_dir / "benchmarks" / name
+    if path.exists():
+        model.load_state_dict(read_tensors(path))
+    else:
+        model.fit(splits.train, splits.valid, Context(seed=0))
+        write_tensors(path, model.state_dict())
+    return model.eval().requires_grad_(False), splits
+
+
+def embed(model: Any, examples: Examples) -> Tensor:
+    """Return latents (N, K)."""
+    return torch.cat([model.encode(x) for x in examples.batches(5000)])
+
+
+def mnist_embeddings(latent_dim: int) -> Tensor:
+    """Return the latents of the 60,000 images that are not for testing."""
+    model, splits = autoencoder("mnist", latent_dim)
+    return torch.cat([embed(model, splits.train), embed(model, splits.valid)])
+
+
+def digit_embeddings(latent_dim: int) -> tuple[Tensor, list[int]]:
+    """Return the latents of the training utterances, and the chunks that each one has."""
+    model, splits = autoencoder("spoken-digits", latent_dim)
+    return embed(model, splits.train), list(splits.train.lengths or ())

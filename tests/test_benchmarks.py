@@ -1,0 +1,227 @@
+"""The benchmarks' arithmetic, tables and exit status, with made-up clocks and cases."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import scipy.stats
+import torch
+from click.testing import CliRunner
+
+from benchmarks import __main__ as command
+from benchmarks import hmm, kde, mixture, report
+from benchmarks.case import Agreement, Case, Claim, Failed, Measured, Note, Seconds, Spread
+from benchmarks.measure import interleaved, memory, per_iteration, ratio, seconds, spread
+from benchmarks.runner import measure
+from imlbench.densities import GaussianHMM, GaussianMixture
+from imlbench.errors import DataError
+
+FAST = Claim("fast", 3.0, "arithmetic", at_least=2.0)
+SMALL = Claim("small", 100.0, "arithmetic", at_most=512.0, unit="MiB")
+FREE = Claim("a name of thirty characters ok", 1e-9, "arithmetic", unit="nats")
+
+
+class Clock:
+    """Shows the time that fake work has taken."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+    def work(self, duration):
+        self.now += duration
+
+
+def make_case(name="made-up", difference=0.0, fast=2.5):
+    def run():
+        yield Measured("fast", Spread(fast, fast / 2, 1234.5))
+        yield Measured("small", Spread.single(600.0))
+        yield Failed("a name of thirty characters ok", "MemoryError: " + "long " * 40)
+        yield Seconds("work", Spread(0.5, 0.25, 1.0))
+        yield Agreement("two sums", difference, 1e-4)
+        yield Note("A remark.")
+
+    return Case(name, "Ratios", "Fair.", (FAST, SMALL, FREE), run)
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """The command line with made-up cases, run in this process; returns click's result."""
+
+    def invoke(*arguments, cases=None):
+        made_up = {case.name: case for case in cases or [make_case()]}
+        monkeypatch.setattr(command, "CASES", made_up)
+        monkeypatch.setattr(command, "FOLDER", tmp_path)
+        monkeypatch.setattr(command, "measure_apart", measure)
+        return CliRunner().invoke(command.main, ["--threads", "1", *arguments])
+
+    return invoke
+
+
+def test_seconds_are_those_of_the_call():
+    clock = Clock()
+    assert seconds(lambda: clock.work(2.5), clock) == 2.5
+
+
+def test_an_iteration_is_timed_without_what_a_fit_does_once():
+    clock = Clock()
+
+    def prepare(n_iter):
+        clock.work(50.0)  # not timed at all
+        return lambda: clock.work(7.0 + 0.5 * n_iter)  # 7 s once
+
+    assert per_iteration(prepare, first=1, more=4, clock=clock)() == pytest.approx(0.5)
+
+
+def test_timers_take_turns_and_the_warm_up_does_not_count():
+    order = []
+
+    def timer(name):
+        order.append(name)
+        return float(len(order))
+
+    times = interleaved({"a": lambda: timer("a"), "b": lambda: timer("b")}, 2)
+    assert order == ["a", "b"] * 3
+    assert times == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+
+
+def test_ratio_is_of_neighbours_in_time():
+    assert ratio([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]) == Spread(3.0, 2.0, 4.0)
+    assert spread([4.0, 1.0]) == Spread(2.5, 1.0, 4.0)
+
+
+def test_a_time_lost_in_noise_gives_no_ratio():
+    with pytest.raises(ValueError, match="Measure more iterations"):
+        ratio([1.0], [-0.1])
+
+
+def test_memory_that_is_taken_shows_in_the_peak():
+    before = memory("VmRSS")
+    taken = torch.ones(2**23)  # 32 MiB
+    del taken
+    assert memory("VmHWM") - before >= 30 * 2**20
+
+
+def test_the_brute_force_sum_is_scipys_density():
+    x, samples = torch.tensor([[0.1, 0.3], [0.5, 0.2]]), torch.tensor([[0.0, 0.3], [0.4, 0.4]])
+    terms = scipy.stats.norm(samples.double()[None], kde.BANDWIDTH).pdf(x.double()[:, None])
+    expected = torch.from_numpy(terms).prod(2).mean(1).log()
+    torch.testing.assert_close(kde.brute_force(x, samples), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_the_mixtures_start_alike():
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(400, 3, generator=generator)
+    start = GaussianMixture(3, 2, max_iter=1).fit(h, generator=generator)
+    ours, theirs = mixture.imlbench_fit(start, h), mixture.sklearn_fit(start, h.double())
+    for n_iter in (1, 3):
+        expected = theirs(n_iter)().means_
+        torch.testing.assert_close(
+            ours(n_iter)().means, torch.from_numpy(expected), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_the_hidden_markov_models_start_alike():
+    generator = torch.Generator().manual_seed(0)
+    h, lengths = torch.randn(60, 3, generator=generator), [10] * 6
+    start = GaussianHMM(3, 2, max_iter=1, transition_prior=0.1)
+    start.fit(h, generator=generator, lengths=lengths)
+    ours = hmm.imlbench_fit(start, h, lengths)(2)().log_likelihoods
+    for implementation in ("scaling", "log"):
+        theirs = hmm.hmmlearn_fit(start, h, lengths, implementation)(2)().monitor_.history
+        assert ours[:2] == pytest.approx([value / 60 for value in theirs], abs=1e-9)
+    assert all(later > earlier for earlier, later in pairwise(ours))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(1.99, "missed"), (2.0, "met"), (9.0, "met"), (math.nan, "missed")]
+)
+def test_a_target_is_met_at_its_value(value, expected):
+    row = {"at_least": 2.0, "at_most": None, "spread": {"value": value}}
+    assert report.verdict(row) == expected
+    row = {"at_least": None, "at_most": -2.0, "spread": {"value": -value}}
+    assert report.verdict(row) == expected
+
+
+def test_the_table_shows_prediction_target_measurement_and_verdict_in_80_columns(bench):
+    result = bench()
+    assert result.exit_code == 0  # a missed target is no error
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = {line[:32].strip(): line[32:].split() for line in lines}
+    assert rows["fast"] == ["3", "≥", "2", "2.5x", "(1.25..1230)", "met"]
+    assert rows["small"] == ["100", "≤", "512", "600", "MiB", "missed"]
+    assert rows[FREE.name] == ["1e-09", "no", "result"]
+    assert "MemoryError" in result.stdout
+
+
+def test_all_claims_fit_the_table():
+    claims = [claim for case in command.CASES.values() for claim in case.claims]
+    assert all(len(claim.name) <= 30 for claim in claims)
+    for case in command.CASES.values():
+        assert len({claim.name for claim in case.claims}) == len(case.claims)
+
+
+@pytest.mark.parametrize("difference", [1.1e-4, math.nan])
+def test_results_that_disagree_are_an_error(bench, tmp_path, difference):
+    result = bench(cases=(make_case(difference=difference), make_case("other")))
+    assert result.exit_code == 1
+    assert "DISAGREES: two sums" in result.stdout
+    assert "other: Ratios" in result.stdout  # the next case is measured all the same
+    assert "DISAGREES: two sums" in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_an_unknown_case_is_one_message(bench, tmp_path):
+    result = bench("mixtrue", cases=(make_case("mixture"),))
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: unknown case 'mixtrue'. Did you mean 'mixture'? Known: mixture.\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_extra_is_one_line(bench):
+    case = make_case()
+    needy = Case(case.name, case.title, case.about, case.claims, case.run, ("no_such_package",))
+    result = bench(cases=(needy,))
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: no_such_package not installed: pip install 'imlbench[bench]'\n"
+    )
+
+
+def test_a_case_that_fails_costs_no_other(bench, tmp_path):
+    def run():
+        raise DataError("dataset mnist: MNIST/raw not found")
+
+    broken = Case("broken", "Ratios", "Fair.", (FAST,), run)
+    result = bench(cases=(broken, make_case()))
+    assert result.exit_code == 1
+    assert "error: broken: dataset mnist: MNIST/raw not found" in result.stderr
+    assert list(json.loads((tmp_path / "results.json").read_text())) == ["made-up"]
+
+
+def test_a_selection_keeps_the_results_of_other_cases(bench, tmp_path):
+    cases = make_case("first"), make_case("second")
+    bench(cases=cases)
+    before = json.loads((tmp_path / "results.json").read_text())
+    bench("second", cases=(cases[0], make_case("second", fast=77.0)))
+    after = json.loads((tmp_path / "results.json").read_text())
+    assert after["first"] == before["first"]
+    assert after["second"]["rows"][0]["spread"]["value"] == 77.0
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert page.index("## first") < page.index("2.5x") < page.index("## second")
+    assert page.index("## second") < page.index("77x")
+
+
+def test_every_measured_number_of_the_page_is_from_the_records(bench, tmp_path):
+    bench()
+    page = (tmp_path / "RESULTS.md").read_text()
+    for expected in ("| fast", "arithmetic", "work: 0.5 s (0.25..1)", "- A remark.", "threads"):
+        assert expected in page
