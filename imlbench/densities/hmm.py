@@ -166,7 +166,7 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         variance_prior: float = 1e-2,
         transition_prior: float = 0.0,
         reg_covar: float = 1e-6,
-        max_iter: int = 50,
+        max_iter: int = 100,
         tol: float = 1e-3,
         n_init: int = 1,
         init: Init = "kmeans",

@@ -46,10 +46,10 @@ class IMLHMM(SequenceIML):
 
         n_states: int = Field(300, ge=1)
         """Hidden states; at most as many as there are training chunks."""
-        transition_prior: float = Field(0.003, ge=0)
+        transition_prior: float = Field(0.03, ge=0)
         """Added to every expected count of starts and of transitions, so that what the training
         recordings lack is improbable, not impossible."""
-        variance_prior: float = Field(0.1, ge=0)
+        variance_prior: float = Field(0.001, ge=0)
         """Chunks of average variance that every state is given beside its own, so that a state of
         few chunks is not too narrow."""
 
