@@ -277,24 +277,40 @@ def _notes(group: pd.DataFrame, columns: Sequence[Column]) -> list[str]:
 
 
 def _settings(done: pd.DataFrame, columns: Sequence[Column]) -> list[str]:
-    """Say what the numbers depend on; metrics and models with the same settings share a line."""
+    """Say what the numbers depend on; metrics and models with the same settings share a line.
+
+    Real numbers, such as bandwidths that suit the validation split, are told by their range.
+    """
     metrics_of: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for column in columns:
         models_of: dict[str, list[str]] = {}
+        ranges: dict[str, list[float]] = {}
         for model, text in zip(
             done["tags.imlbench.model"], done["tags.imlbench.scores"], strict=True
         ):
             settings = json.loads(text).get(column.name, {}).get("settings", {})
-            label = ", ".join(f"{key} = {value}" for key, value in settings.items())
+            for key, value in settings.items():
+                if isinstance(value, float):
+                    ranges.setdefault(key, []).append(value)
+            label = ", ".join(
+                f"{key} = {'{' + key + '}' if isinstance(value, float) else value}"
+                for key, value in settings.items()
+            )
             if label and model not in models_of.setdefault(label, []):
                 models_of[label].append(model)
+        span = {key: _range(values) for key, values in ranges.items()}
         for label, models in models_of.items():
             which = tuple(models) if len(models_of) > 1 else ()
-            metrics_of.setdefault((label, which), []).append(column.name)
+            metrics_of.setdefault((label.format_map(span), which), []).append(column.name)
     return [
         f"{', '.join(names)}{' of ' if which else ''}{', '.join(which)}: {label}."
         for (label, which), names in metrics_of.items()
     ]
+
+
+def _range(values: Sequence[float]) -> str:
+    least, greatest = min(values), max(values)
+    return f"{least:g}" if least == greatest else f"{least:g} to {greatest:g}"
 
 
 def _provenance(done: pd.DataFrame) -> list[str]:

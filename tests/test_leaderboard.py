@@ -59,6 +59,19 @@ def test_rows_are_means_and_standard_deviations_over_seeds(runs):
         assert row.fit_seconds == pytest.approx(11.0)
 
 
+def test_settings_are_told_once_and_real_ones_by_their_range(runs):
+    facts = [json.loads(json.dumps(FACTS)) for _ in range(len(runs))]
+    for h, fact in zip((0.2, 0.25, 0.3, 0.2, 0.2, 0.2), facts, strict=True):
+        fact["kde_paper"]["settings"]["h"] = h
+    facts[5]["kde_paper"]["settings"]["M"] = 500
+    runs["tags.imlbench.scores"] = [json.dumps(fact) for fact in facts]
+    (table,) = make_tables(runs)
+    assert table.notes[:2] == [
+        "kde_paper of vae, iml-gmm: h = 0.2 to 0.3, M = 1000.",
+        "kde_paper of iml-gmm: h = 0.2 to 0.3, M = 500.",
+    ]
+
+
 def test_one_seed_shows_the_standard_error_over_examples_and_never_as_spread(runs):
     (table,) = make_tables(runs[runs["tags.imlbench.seed"] == "0"])
     cell = table.rows[0].cells["kde_paper"]
