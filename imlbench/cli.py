@@ -259,7 +259,11 @@ def _print_plan(plan: Plan) -> None:
         click.echo(f"{job}:")
         click.echo(textwrap.fill(text, 80, initial_indent="    ", subsequent_indent="    "))
     _print_skips(plan)
-    click.echo(f"{len(plan.jobs)} jobs, {len(plan.skips)} pairs skipped.")
+    click.echo(f"{_count(len(plan.jobs), 'job')}, {_count(len(plan.skips), 'pair')} skipped.")
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'s' * (n != 1)}"
 
 
 def _print_skips(plan: Plan) -> None:
