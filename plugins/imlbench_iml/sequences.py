@@ -46,7 +46,7 @@ class IMLHMM(SequenceIML):
 
         n_states: int = Field(300, ge=1)
         """Hidden states; at most as many as there are training chunks."""
-        transition_prior: float = Field(0.03, ge=0)
+        transition_prior: float = Field(0.01, ge=0)
         """Added to every expected count of starts and of transitions, so that what the training
         recordings lack is improbable, not impossible."""
         variance_prior: float = Field(0.001, ge=0)
