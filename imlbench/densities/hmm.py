@@ -34,6 +34,11 @@ class Packed(NamedTuple):
     order: Tensor
     starts: list[int]
 
+    @property
+    def sizes(self) -> list[int]:
+        """How many recordings are running at every step."""
+        return [stop - start for start, stop in pairwise(self.starts)]
+
     def steps(self) -> Iterator[tuple[int, int, int, int]]:
         """For every step but the first: its rows, and the rows that lead to them."""
         for (before, start), stop in zip(pairwise(self.starts), self.starts[2:], strict=False):
@@ -41,12 +46,11 @@ class Packed(NamedTuple):
 
     def last(self) -> list[int]:
         """The rows of the recordings' last points."""
-        sizes = [stop - start for start, stop in pairwise(self.starts)]
-        n_going_on = [*sizes[1:], 0]
+        sizes = [*self.sizes, 0]
         return [
             row
-            for start, size, n in zip(self.starts, sizes, n_going_on, strict=False)
-            for row in range(start + n, start + size)
+            for start, (size, n_going_on) in zip(self.starts, pairwise(sizes), strict=False)
+            for row in range(start + n_going_on, start + size)
         ]
 
 
@@ -307,15 +311,14 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         predicted, filtered = torch.empty_like(emission), torch.empty_like(emission)
         total = torch.empty_like(peak)
         predicted[: packed.starts[1]] = start
-        previous = slice(0, 0)
-        for begin, end in pairwise(packed.starts):
-            if begin:
-                before = filtered[previous][: end - begin]
-                torch.mm(before, transitions, out=predicted[begin:end])
-            joint = torch.mul(predicted[begin:end], likelihood[begin:end], out=filtered[begin:end])
-            total[begin:end] = joint.sum(1)
-            joint /= total[begin:end, None]
-            previous = slice(begin, end)
+        by_step = (x.split(packed.sizes) for x in (predicted, likelihood, filtered, total[:, None]))
+        before = None
+        for prior, likely, joint, scale in zip(*by_step, strict=True):
+            if before is not None:
+                torch.mm(before[: len(prior)], transitions, out=prior)
+            torch.mul(prior, likely, out=joint)
+            torch.sum(joint, 1, keepdim=True, out=scale)
+            before = joint.div_(scale)
         return Filtered(likelihood, predicted, filtered, total.log_().add_(peak))
 
     def _backward(self, likelihood: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
@@ -327,10 +330,11 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         """
         transitions = self._safe_parameters()[1].T
         future, present = torch.ones_like(likelihood), likelihood
-        for before, before_end, begin, end in reversed(list(packed.steps())):
-            current = present[begin:end].mul_(future[begin:end])
-            current /= current.amax(1, keepdim=True)
-            torch.mm(current, transitions, out=future[before:before_end])
+        later, now = future.split(packed.sizes), present.split(packed.sizes)
+        for t in range(len(now) - 1, 0, -1):
+            current = now[t].mul_(later[t])
+            current.div_(current.amax(1, keepdim=True))
+            torch.mm(current, transitions, out=later[t - 1][: len(current)])
         return future, present
 
     def _posterior(
