@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imlbench import Examples, FitContext, Sources, Space, Splits, __version__
+from imlbench import Examples, FitContext, Sources, Space, Splits
 from imlbench.job import derive_seed, seeded
 from imlbench.registry import Registry
 from imlbench.store import read_tensors, write_tensors
@@ -60,7 +60,8 @@ def autoencoder(dataset: str, latent_dim: int) -> tuple[Any, Splits]:
     """
     splits, space = load(dataset)
     model = build("iml-gaussian", space, seed=0, latent_dim=latent_dim, epochs=EPOCHS)
-    key = json.dumps([__version__, splits.fingerprint, model.params.model_dump()])
+    code = Registry().code(type(model))
+    key = json.dumps([code, splits.fingerprint, model.params.model_dump()])
     name = f"{dataset}-{latent_dim}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     path = Sources().cache_dir / "benchmarks" / name
     if path.exists():

@@ -143,7 +143,8 @@ ABOUT = (
     "10,000 test images of MNIST, 1,000 training images as samples, 784 dimensions, bandwidth "
     "0.2. Bare product: x @ samples.T in float32, with the same threads. KernelDensity gets its "
     "points in float64; leaf: with leaf_size above the number of samples, so that there is no "
-    "tree. Errors are the largest differences to a float64 sum over all pairs."
+    "tree; both compute with one thread. Errors are the largest differences to a float64 sum over "
+    "all pairs."
 )
 
 CASE = Case("kde", "Kernel density estimate: ratios of times; errors", ABOUT, CLAIMS, run)

@@ -218,8 +218,14 @@ def _file_settings(table: _Table, where: str, errors: list[str]) -> list[Setting
     found = []
     for key, tree in (("set", table.set), ("grid", table.grid)):
         for outer, inner in tree.items():
-            target, _, parameter = outer.rpartition(".")
+            target, dot, parameter = outer.rpartition(".")
             leaves = {parameter: inner}
+            if dot and not (target and parameter):
+                errors.append(
+                    f"{where}.{key}] {outer}: must be parameter or plugin.parameter; got "
+                    f"'{outer}'. For example iml-gmm.n_components."
+                )
+                continue
             if isinstance(inner, dict):
                 target, leaves = outer, inner
             for name, value in leaves.items():

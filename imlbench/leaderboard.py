@@ -283,34 +283,31 @@ def _settings(done: pd.DataFrame, columns: Sequence[Column]) -> list[str]:
     """
     metrics_of: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for column in columns:
-        models_of: dict[str, list[str]] = {}
-        ranges: dict[str, list[float]] = {}
+        groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
         for model, text in zip(
             done["tags.imlbench.model"], done["tags.imlbench.scores"], strict=True
         ):
             settings = json.loads(text).get(column.name, {}).get("settings", {})
-            for key, value in settings.items():
-                if isinstance(value, float):
-                    ranges.setdefault(key, []).append(value)
-            label = ", ".join(
-                f"{key} = {'{' + key + '}' if isinstance(value, float) else value}"
-                for key, value in settings.items()
-            )
-            if label and model not in models_of.setdefault(label, []):
-                models_of[label].append(model)
-        span = {key: _range(values) for key, values in ranges.items()}
-        for label, models in models_of.items():
-            which = tuple(models) if len(models_of) > 1 else ()
-            metrics_of.setdefault((label.format_map(span), which), []).append(column.name)
+            fixed = {k: None if isinstance(v, float) else v for k, v in settings.items()}
+            if settings:
+                groups.setdefault(json.dumps(fixed), []).append((model, settings))
+        for members in groups.values():
+            models = tuple(dict.fromkeys(model for model, _ in members))
+            first = members[0][1]
+            told = [f"{key} = {_range([found[key] for _, found in members])}" for key in first]
+            which = models if len(groups) > 1 else ()
+            metrics_of.setdefault((", ".join(told), which), []).append(column.name)
     return [
         f"{', '.join(names)}{' of ' if which else ''}{', '.join(which)}: {label}."
         for (label, which), names in metrics_of.items()
     ]
 
 
-def _range(values: Sequence[float]) -> str:
-    least, greatest = min(values), max(values)
-    return f"{least:g}" if least == greatest else f"{least:g} to {greatest:g}"
+def _range(values: Sequence[Any]) -> str:
+    """Return the one value there is, or the least and the greatest of real numbers."""
+    if len(set(map(str, values))) == 1:
+        return str(values[0])
+    return f"{min(values):g} to {max(values):g}"
 
 
 def _provenance(done: pd.DataFrame) -> list[str]:

@@ -98,7 +98,9 @@ def test_likelihood_of_held_out_recordings_is_hmmlearns():
         (IMLRNN, {"n_components": 2, "n_units": 4, "n_steps": 20}, None, None),
     ],
 )
-def test_recordings_have_beginnings_for_the_hmm_only(cls, params, lengths, valid_lengths):
+def test_the_hmm_is_fitted_to_recordings_and_the_rnn_to_one_stream(
+    cls, params, lengths, valid_lengths
+):
     splits = make_splits(CHUNKS, 60)
     seen = {}
     model = cls(cls.resolve(cls.Params(**QUICK, **params), CHUNKS), CHUNKS)
@@ -107,8 +109,21 @@ def test_recordings_have_beginnings_for_the_hmm_only(cls, params, lengths, valid
     model.fit(splits.train, splits.valid, Context())
     assert (seen["lengths"], seen["valid_lengths"]) == (lengths, valid_lengths)
     x = splits.test[:]
-    expected = model.density.log_prob(model.encode(x), valid_lengths)
+    expected = model.density.log_prob(model.encode(x), (15, 15))
     torch.testing.assert_close(model.base_log_prob_sequence(x, (15, 15)), expected)
+
+
+def test_one_latent_dimension_is_enough_for_the_hmm():
+    splits = make_splits(CHUNKS, 60)
+    model = fitted(IMLHMM, splits, **{**QUICK, "latent_dim": 1}, n_states=2)
+    assert model.sample(5, seeded()).shape == (5, 800)
+
+
+def test_a_diverged_encoder_is_told_by_the_density():
+    model = IMLHMM(IMLHMM.resolve(IMLHMM.Params(**QUICK, n_states=2), CHUNKS), CHUNKS)
+    h = torch.full((9, 3), torch.nan)
+    with pytest.raises(ValueError, match="must be finite"):
+        model.fit_density(h, valid=h, lengths=(9,), valid_lengths=(9,), generator=seeded())
 
 
 def test_the_hmms_latents_are_uncorrelated_and_decode_as_before():

@@ -68,6 +68,13 @@ def test_job_ids_depend_on_everything_that_matters_and_nothing_else(registry):
     assert len({*ids(), *ids("latent_dim=21"), *ids(seeds="1"), *ids("digits.valid_size=100")}) == 4
 
 
+@pytest.mark.parametrize("address", ['"vae." = 1', '".epochs" = 1'])
+def test_half_an_address_is_refused(registry, tmp_path, address):
+    file = tmp_path / "benchmarks.toml"
+    file.write_text(TOML.replace(ADDRESS, address))
+    assert "must be parameter or plugin.parameter" in errors_of(registry, "small", file)
+
+
 def test_values_in_brackets_are_one_value(registry):
     given = {"models": ["vae"], "datasets": ["mnist"], "settings": ["mnist.classes=[0,1],[7]"]}
     jobs = plan_of(registry, None, None, **given).jobs

@@ -63,12 +63,12 @@ def test_settings_are_told_once_and_real_ones_by_their_range(runs):
     facts = [json.loads(json.dumps(FACTS)) for _ in range(len(runs))]
     for h, fact in zip((0.2, 0.25, 0.3, 0.2, 0.2, 0.2), facts, strict=True):
         fact["kde_paper"]["settings"]["h"] = h
-    facts[5]["kde_paper"]["settings"]["M"] = 500
+    facts[5]["kde_paper"]["settings"] |= {"M": 500, "kernel": "{0}"}
     runs["tags.imlbench.scores"] = [json.dumps(fact) for fact in facts]
     (table,) = make_tables(runs)
     assert table.notes[:2] == [
         "kde_paper of vae, iml-gmm: h = 0.2 to 0.3, M = 1000.",
-        "kde_paper of iml-gmm: h = 0.2 to 0.3, M = 500.",
+        "kde_paper of iml-gmm: h = 0.2, M = 500, kernel = {0}.",
     ]
 
 

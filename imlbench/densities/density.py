@@ -51,7 +51,7 @@ class Density(nn.Module, ABC):
             generator: Source of all randomness, on the CPU or on the device of ``h``.
             valid: Held-out points, shape :math:`(N', K)`. Where a fit iterates, their mean
                 log-likelihood decides when it stops and which iteration's parameters it keeps;
-                without them the training points' does.
+                without them the training points' decides when it stops, and the last are kept.
             lengths: The number of points of each recording, in order; sums to :math:`N`. Only
                 densities of sequences look at it.
             valid_lengths: The same for ``valid``.
@@ -91,7 +91,7 @@ class Density(nn.Module, ABC):
 
         Returns:
             Points, shape :math:`(n, K)`, float32, what decoders take, in random order (a density of
-            sequences: one sequence); and their components, shape :math:`(n,)`, int64.
+            sequences: in order of time); and their components, shape :math:`(n,)`, int64.
 
         Raises:
             ValueError: If ``n`` is less than 1.

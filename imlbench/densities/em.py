@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Generic, Literal, Self, TypeVar
@@ -134,7 +135,8 @@ class LatentDensity(Density, Generic[Statistics]):
             self.log_likelihoods.append(value)
             if report is not None:
                 report(iteration, self.max_iter, value)
-            if held_out is None or value > greatest:  # with a prior, training likelihood may fall
+            # With a prior, the training points' likelihood may fall on the way to the optimum.
+            if value > greatest or (held_out is None and math.isfinite(value)):
                 greatest, best, self.n_iter = value, self._snapshot(), iteration
             if value - previous < self.tol:
                 self.converged = True

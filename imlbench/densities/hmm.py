@@ -118,8 +118,9 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
     count as 1e-100, so a sequence that a model with zeros calls impossible has a tiny density
     rather than none.
 
-    Samples are recordings one after another: :math:`e_z` is the share of the points of a state that
+    Samples are recordings one after another: ``ends`` are the shares of the points of a state that
     were the last of their recording, and after such a point a sample starts anew from :math:`\pi`.
+    Of a single recording, nobody knows that it ended where it was cut; its model never ends.
     Densities are conditional on where recordings end.
 
     As in hmmlearn, :math:`s` is the expected sum of squares plus ``variance_prior``, over the
@@ -374,6 +375,8 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
             ]
         ).sum(0)
         self._set_emissions(moments)
+        last = torch.tensor(lengths, device=h.device).cumsum(0) - 1
+        self._set_ends(torch.bincount(nearest(h[last]).argmax(1), minlength=c), moments[:, 0])
 
     def _expectation(self, h: Tensor, lengths: list[int]) -> tuple[HMMStatistics, float]:
         emissions = DiagonalNormal(self.means, 1 / self.variances)
@@ -402,12 +405,12 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         leaving = counts.sum(1, keepdim=True)
         self.transitions = torch.where(leaving > 0, counts / leaving, self.transitions)
         self._set_emissions(statistics.moments)
-        self._set_ends(statistics)
+        self._set_ends(statistics.ends, statistics.moments[:, 0])
 
-    def _set_ends(self, statistics: HMMStatistics) -> None:
-        visits = statistics.moments[:, 0]
-        ends = (statistics.ends / visits.clamp(min=_UNVISITED)).clamp(max=1)
-        self.ends = torch.where(visits > _UNVISITED, ends, self.ends)
+    def _set_ends(self, counts: Tensor, visits: Tensor) -> None:
+        """Sets the shares of a state's points that are last, from expected numbers of both."""
+        ends = (counts / visits.clamp(min=_UNVISITED)).clamp(max=1)
+        self.ends = torch.where(counts.sum() > 1.5, ends, 0.0)  # more than one recording
 
     def _set_emissions(self, moments: Tensor) -> None:
         count, sums, squares = moments.split([1, self.n_dims, self.n_dims], dim=1)
@@ -448,6 +451,7 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         for name, value in zip(("start", "transitions", "means", "variances"), found, strict=True):
             setattr(self, name, torch.tensor(value, device=self.device))
         self._prepare(h)
-        self._set_ends(self._expectation(h, lengths)[0])
+        statistics, _ = self._expectation(h, lengths)
+        self._set_ends(statistics.ends, statistics.moments[:, 0])
         self.log_likelihoods = [value / len(h) for value in model.monitor_.history]
         self.n_iter, self.converged = model.monitor_.iter, bool(model.monitor_.converged)

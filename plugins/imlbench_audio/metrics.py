@@ -117,7 +117,10 @@ def in_order(evaluation: Evaluation, order: Tensor) -> Tensor:
 
 
 class _PairKDE(Metric):
-    """Kernel density estimate on pairs of successive chunks, h chosen on the validation split."""
+    """Kernel density estimate on pairs of successive chunks, h chosen on the validation split.
+
+    Generated pairs may reach from one recording into the next; pairs of the test split never do.
+    """
 
     unit = "nats"
     higher_is_better = True

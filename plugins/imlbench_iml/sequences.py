@@ -66,6 +66,7 @@ class IMLHMM(SequenceIML):
         """Train the auto-encoder, unless it is known already, then the hidden Markov model."""
         n_states = self.params.n_states
         require_at_most("n_states", n_states, len(train), "the number of training chunks")
+        self.axes.copy_(torch.eye(len(self.axes)))
         super().fit(train, valid, context)
 
     def fit_density(self, h: Tensor, **arguments: Any) -> None:
@@ -73,7 +74,8 @@ class IMLHMM(SequenceIML):
 
         Its prior of the variances is in units of the latents'.
         """
-        variance, axes = torch.linalg.eigh(h.double().T.cov(correction=0))
+        centred = (h - h.mean(0)).double().nan_to_num()  # the density will refuse what is no number
+        variance, axes = torch.linalg.eigh(centred.T @ centred / len(h))
         self.axes.copy_(axes)
         self.density.variance_prior = self.params.variance_prior * variance.mean().item()
         arguments["valid"] = arguments["valid"] @ self.axes
@@ -91,8 +93,8 @@ class IMLHMM(SequenceIML):
 class IMLRNN(SequenceIML):
     """IML with a recurrent network as base distribution: a mixture given everything before.
 
-    It takes recordings that follow each other for one, and learns by itself where one ends and
-    what comes then; so what it generates goes on to the next recording.
+    It is fitted to recordings that follow each other as if they were one, and learns by itself
+    where one ends and what comes then; so what it generates goes on to the next recording.
     """
 
     name = "iml-rnn"
@@ -115,10 +117,6 @@ class IMLRNN(SequenceIML):
     def fit_density(self, h: Tensor, **arguments: Any) -> None:
         """Fit the network to all recordings as one."""
         super().fit_density(h, **arguments | {"lengths": None, "valid_lengths": None})
-
-    def base_log_prob_sequence(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Return the log-density of every chunk's latents, given all those before it, (N,)."""
-        return super().base_log_prob_sequence(x, [len(x)])
 
 
 @contextlib.contextmanager

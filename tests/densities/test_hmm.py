@@ -221,6 +221,16 @@ def test_samples_are_recordings_one_after_another(backend: str) -> None:
     assert float((after_second == -1).double().mean()) == pytest.approx(1 / 3, abs=0.02)
 
 
+def test_ends_are_known_from_the_start_and_a_single_recording_has_none() -> None:
+    """With a state for every other point the start is best for held-out points."""
+    h, valid = torch.randn(2, 60, 3, generator=seeded())
+    density = GaussianHMM(3, 30)
+    density.fit(h, generator=seeded(), lengths=[3] * 20, valid=valid, valid_lengths=[3] * 20)
+    assert density.n_iter == 0
+    assert float(density.ends.max()) > 0.3
+    assert not GaussianHMM(3, 4).fit(h, generator=seeded()).ends.any()
+
+
 def test_fit_recovers_the_model() -> None:
     truth = model(c=3)
     h, valid = truth.sample(6000, seeded()).split([4000, 2000])
