@@ -284,14 +284,19 @@ def outside(tmp_path):
     )
 
     def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "imlbench", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(site), **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        # Where the tests run in the background, Ctrl-C is ignored, and children would inherit that.
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-m", "imlbench", *arguments],
+                cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": str(site), **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, handler)
 
     start.folder = tmp_path  # type: ignore[attr-defined]
     return start
