@@ -55,7 +55,7 @@ class PlainDisplay:
         elif outcome.status is Status.DONE:
             line.append(f" in {outcome.seconds:.0f} s")
         else:
-            line.append(f": {outcome.reason}. Log: {folder.path / 'log.txt'}")
+            line.append(f": {outcome.reason.rstrip('.')}. Log: {folder.path / 'log.txt'}")
         self.console.print(line)
 
 
