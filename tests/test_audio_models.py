@@ -17,7 +17,8 @@ from imlbench import Examples, ParameterError, Space
 from imlbench.testing import SPACES, check_model, make_splits
 from imlbench_iml.autoencoders import ChunkAutoencoder
 from imlbench_iml.models import IMLGMM
-from imlbench_iml.sequences import IMLHMM, IMLRNN, RecurrentMixture, Stretches
+from imlbench_iml.recurrent import RecurrentMixture, Stretches
+from imlbench_iml.sequences import IMLHMM, IMLRNN
 from imlbench_vae.vae import VAE
 
 CHUNKS = SPACES["sequence"]

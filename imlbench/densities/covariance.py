@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -120,6 +120,20 @@ def _traces(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
+def centre(blocks: Sequence[Tensor]) -> Tensor:
+    """Mean of points that come in blocks of shape (n, K); float64."""
+    return torch.stack([h.double().sum(0) for h in blocks]).sum(0) / sum(map(len, blocks))
+
+
+def scatter(blocks: Sequence[Tensor], mean: Tensor) -> Tensor:
+    """Sum of the outer products of points less their mean, shape (K, K); float64."""
+    total = mean.new_zeros(len(mean), len(mean))
+    for h in blocks:
+        x = h.double() - mean
+        total.addmm_(x.T, x)
+    return total
+
+
 def precision_factor(covariances: Tensor) -> Tensor:
     r"""Upper triangular :math:`P` with :math:`P P^\top = \Sigma^{-1}`; batched."""
     lower = torch.linalg.cholesky(covariances)
@@ -158,9 +172,7 @@ class Covariance(ABC):
         """Identity covariances, float64; their shape is the shape of the parameter."""
 
     @abstractmethod
-    def log_densities(
-        self, means: Tensor, covariances: Tensor, dtype: torch.dtype = torch.float64
-    ) -> LogDensities:
+    def log_densities(self, means: Tensor, covariances: Tensor, dtype: torch.dtype) -> LogDensities:
         """The components as a function of points; ``dtype`` is what its products may use."""
 
     @abstractmethod
@@ -198,9 +210,7 @@ class Full(Covariance):
     def identity(self, n_components: int, n_dims: int) -> Tensor:
         return torch.eye(n_dims, dtype=torch.float64).repeat(n_components, 1, 1)
 
-    def log_densities(
-        self, means: Tensor, covariances: Tensor, dtype: torch.dtype = torch.float64
-    ) -> LogDensities:
+    def log_densities(self, means: Tensor, covariances: Tensor, dtype: torch.dtype) -> LogDensities:
         return TriangularNormal(means, covariances, dtype)
 
     def add_squares(self, squares: Tensor, x: Tensor, responsibilities: Tensor) -> None:
@@ -243,9 +253,7 @@ class Tied(Covariance):
     def identity(self, n_components: int, n_dims: int) -> Tensor:
         return torch.eye(n_dims, dtype=torch.float64)
 
-    def log_densities(
-        self, means: Tensor, covariances: Tensor, dtype: torch.dtype = torch.float64
-    ) -> LogDensities:
+    def log_densities(self, means: Tensor, covariances: Tensor, dtype: torch.dtype) -> LogDensities:
         factor, origin = precision_factor(covariances), means.mean(0)
         whitened = (means - origin) @ factor
         white = DiagonalNormal(whitened, torch.ones_like(whitened))
@@ -278,9 +286,7 @@ class Diagonal(Covariance):
     def identity(self, n_components: int, n_dims: int) -> Tensor:
         return torch.ones(n_components, n_dims, dtype=torch.float64)
 
-    def log_densities(
-        self, means: Tensor, covariances: Tensor, dtype: torch.dtype = torch.float64
-    ) -> LogDensities:
+    def log_densities(self, means: Tensor, covariances: Tensor, dtype: torch.dtype) -> LogDensities:
         return DiagonalNormal(means, 1 / covariances)
 
     def add_squares(self, squares: Tensor, x: Tensor, responsibilities: Tensor) -> None:
@@ -307,9 +313,7 @@ class Spherical(Covariance):
     def identity(self, n_components: int, n_dims: int) -> Tensor:
         return torch.ones(n_components, dtype=torch.float64)
 
-    def log_densities(
-        self, means: Tensor, covariances: Tensor, dtype: torch.dtype = torch.float64
-    ) -> LogDensities:
+    def log_densities(self, means: Tensor, covariances: Tensor, dtype: torch.dtype) -> LogDensities:
         return DiagonalNormal(means, (1 / covariances)[:, None].expand_as(means))
 
     def add_squares(self, squares: Tensor, x: Tensor, responsibilities: Tensor) -> None:

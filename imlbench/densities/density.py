@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Generator, Tensor, nn
@@ -13,6 +13,18 @@ Report = Callable[[int, int, float], None]
 """Progress of a fit: ``report(iteration, max_iter, log_likelihood)``, nats per point."""
 
 _LARGEST = 1e100  # beyond it, squares leave the range of float64
+
+
+class Points(NamedTuple):
+    """Points that have been checked, of recordings that follow each other.
+
+    Arguments:
+        h: The points, shape (N, K), float32 or float64, finite, without a graph.
+        lengths: The number of points of each recording, positive, summing to N.
+    """
+
+    h: Tensor
+    lengths: list[int]
 
 
 class Density(nn.Module, ABC):
@@ -25,15 +37,19 @@ class Density(nn.Module, ABC):
     Randomness comes from the given generators alone, which may live on the CPU or on the device of
     the parameters; the same seed on the same device gives the same result. No method keeps a graph.
 
+    Subclasses have ``_fit``, ``_log_prob`` and ``_sample``, whose arguments have been checked.
+
     Arguments:
         n_dims: The number of dimensions :math:`K`, at least 1.
     """
+
+    _n_min = 1  # points that a fit needs
 
     def __init__(self, n_dims: int) -> None:
         super().__init__()
         self.n_dims = self._at_least("n_dims", n_dims, 1)
 
-    @abstractmethod
+    @torch.no_grad()
     def fit(
         self,
         h: Tensor,
@@ -63,25 +79,36 @@ class Density(nn.Module, ABC):
         Raises:
             ValueError: If an argument has the wrong shape or type, or is not finite.
         """
+        train, held_out = self._points("h", h, n_min=self._n_min), None
+        train_lengths = self._lengths("lengths", lengths, len(train))
+        if valid is not None:
+            valid = self._points("valid", valid).to(h.device)
+            held_out = Points(valid, self._lengths("valid_lengths", valid_lengths, len(valid)))
+        self.to(h.device)
+        self._fit(Points(train, train_lengths), held_out, generator, report)
+        return self
 
-    @abstractmethod
+    @torch.no_grad()
     def log_prob(self, h: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         r"""Log-density of every point, computed in float64 whatever the type of ``h``.
 
         Arguments:
             h: Points, shape :math:`(N, K)`.
-            lengths: The number of points of each recording. A density of sequences gives
-                :math:`\log p(h_t \mid h_1, \dots, h_{t-1})`, which sum to the log-density of each
-                recording; any other density ignores it.
+            lengths: The number of points of each recording; sums to :math:`N`. A density of
+                sequences gives :math:`\log p(h_t \mid h_1, \dots, h_{t-1})`, which sum to the
+                log-density of each recording; for any other density it makes no difference.
 
         Returns:
             Log-densities in nats, shape :math:`(N,)`, float64, on the device of ``h``.
 
         Raises:
-            ValueError: If ``h`` has the wrong shape or is not finite.
+            ValueError: If an argument has the wrong shape, or ``h`` is not finite.
         """
+        h = self._points("h", h)
+        points = Points(h, self._lengths("lengths", lengths, len(h)))
+        return self._log_prob(points).to(h.device)
 
-    @abstractmethod
+    @torch.no_grad()
     def sample_components(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
         r"""Draws points, and says which component (or state) each one comes from.
 
@@ -96,6 +123,7 @@ class Density(nn.Module, ABC):
         Raises:
             ValueError: If ``n`` is less than 1.
         """
+        return self._sample(self._at_least("n", n, 1), generator)
 
     def sample(self, n: int, generator: Generator) -> Tensor:
         r"""Draws points: the first result of :meth:`sample_components`, shape :math:`(n, K)`."""
@@ -109,6 +137,24 @@ class Density(nn.Module, ABC):
     def extra_repr(self) -> str:
         """The constructor's arguments, for ``repr``."""
         return f"n_dims={self.n_dims}"
+
+    @abstractmethod
+    def _fit(
+        self, train: Points, valid: Points | None, generator: Generator, report: Report | None
+    ) -> None:
+        """Sets the parameters, which are on the points' device."""
+
+    @abstractmethod
+    def _log_prob(self, points: Points) -> Tensor:
+        """Log-densities of points on any device, shape (N,), float64, on any device."""
+
+    @abstractmethod
+    def _sample(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Draws n points (n, K), float32, and their components (n,), int64."""
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        """A copy of the parameters, for ``load_state_dict``."""
+        return {name: value.clone() for name, value in self.state_dict().items()}
 
     def _at_least(self, name: str, value: int, minimum: int) -> int:
         if value < minimum:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Unpack
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.distributions import Beta, kl_divergence
 
-from imlbench.densities.covariance import Moments, positive_definite, precision_factor
-from imlbench.densities.draws import library_seed
-from imlbench.densities.em import Init
+from imlbench.densities.covariance import Moments, positive_definite, precision_factor, scatter
+from imlbench.densities.em import EMOptions
 from imlbench.densities.mixture import Mixture
+from imlbench.densities.weights import perplexity
+
+if TYPE_CHECKING:
+    from sklearn.mixture import BayesianGaussianMixture
 
 _SHARE = 1e-3  # of the points: what a component needs to count as one that is in use
 
@@ -43,13 +45,9 @@ class DirichletProcessMixture(Mixture):
         n_components: The truncation :math:`C`: the most components there can be.
         concentration: :math:`\alpha`, positive; by default :math:`1/C`. Larger ones use more
             components.
-        reg_covar: What is added to every variance, in squared units of the data, at least 0.
-        max_iter: Most iterations.
-        tol: The fit stops when an iteration gains less than this, in nats per point.
-        n_init: Restarts of k-means; the best one is where the fit starts.
-        init: ``"kmeans"``, or ``"current"`` to start from the posterior that the density has.
-        backend: ``"torch"``, or ``"sklearn"`` to fit with scikit-learn's class, which ignores
-            ``valid`` and starts from its own k-means.
+        options: See :class:`EMOptions`. ``max_iter`` is 200 by default, ``init`` may be
+            ``"current"`` to start from the posterior that the density has, and the other backend,
+            ``"scikit-learn"``, starts from its own k-means whatever ``init``.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -71,24 +69,10 @@ class DirichletProcessMixture(Mixture):
         n_components: int = 50,
         *,
         concentration: float | None = None,
-        reg_covar: float = 1e-6,
-        max_iter: int = 200,
-        tol: float = 1e-3,
-        n_init: int = 1,
-        init: Init = "kmeans",
-        backend: Literal["torch", "sklearn"] = "torch",
+        **options: Unpack[EMOptions],
     ) -> None:
-        super().__init__(
-            n_dims,
-            n_components,
-            covariance_type="full",
-            reg_covar=reg_covar,
-            max_iter=max_iter,
-            tol=tol,
-            n_init=n_init,
-            init=init,
-            backend=backend,
-        )
+        options = EMOptions(max_iter=200) | options
+        super().__init__(n_dims, n_components, covariance_type="full", **options)
         self.concentration = 1 / n_components if concentration is None else concentration
         if not 0 < self.concentration < math.inf:
             raise ValueError(
@@ -110,16 +94,13 @@ class DirichletProcessMixture(Mixture):
 
     @property
     def perplexity(self) -> float:
-        r"""The exponential of the weights' entropy: how many equal weights would be as spread."""
-        return float(torch.special.entr(self.weights).sum().exp())
+        """How many equal weights would be as spread as those of the components."""
+        return perplexity(self.weights)
 
     def _prepare(self, h: Tensor) -> None:
         super()._prepare(h)
-        scatter = torch.zeros_like(self.covariances[0])
-        for block in self._blocks(h):
-            x = block.double() - self._origin
-            scatter.addmm_(x.T, x)
-        self._scale = positive_definite(scatter / max(len(h) - 1, 1), 0.0)
+        covariance = scatter(self._blocks(h), self._origin) / max(len(h) - 1, 1)
+        self._scale = positive_definite(covariance, 0.0)
 
     def _log_weights(self) -> Tensor:
         r""":math:`E[\log \pi_c] + \tfrac12 E[\log\det\Lambda_c]` less the plug-in's, and so on."""
@@ -161,14 +142,14 @@ class DirichletProcessMixture(Mixture):
         counts = statistics.counts
         safe = replace(statistics, counts=counts.clamp(min=1e-12))
         means = safe.sums / safe.counts[:, None]
-        scatter = self._covariance.estimate(safe, means, self.reg_covar) * counts[:, None, None]
+        within = self._covariance.estimate(safe, means, self.reg_covar) * counts[:, None, None]
         kappa, nu = 1 + counts, self.n_dims + counts
         between = (counts / kappa)[:, None, None] * means[:, :, None] * means[:, None, :]
         rest = counts.flip(0).cumsum(0).flip(0) - counts
         self.concentrations = torch.stack([1 + counts, self.concentration + rest], dim=1)
         self.mean_precisions, self.degrees_of_freedom = kappa, nu
         self.means = self._origin + means * (counts / kappa)[:, None]
-        total = self._scale + scatter + between
+        total = self._scale + within + between
         self.covariances = positive_definite(total / nu[:, None, None], 0.0)
         self.weights = self._mean_weights()
 
@@ -178,26 +159,15 @@ class DirichletProcessMixture(Mixture):
         weights = kept * torch.cat([kept.new_ones(1), (1 - kept).cumprod(0)[:-1]])
         return weights / weights.sum()
 
-    def _fit_library(self, h: Tensor, lengths: list[int], generator: Generator) -> None:
-        from sklearn.exceptions import ConvergenceWarning
+    def _library_model(self) -> BayesianGaussianMixture:
         from sklearn.mixture import BayesianGaussianMixture
 
-        model = BayesianGaussianMixture(
-            n_components=self.n_components,
+        return BayesianGaussianMixture(
             weight_concentration_prior_type="dirichlet_process",
             weight_concentration_prior=self.concentration,
-            tol=max(self.tol, 0.0),
-            reg_covar=self.reg_covar,
-            max_iter=self.max_iter,
-            n_init=self.n_init,
-            random_state=library_seed(generator),
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(h.double().cpu().numpy())
-        self._take_over(model)
 
-    def _take_over(self, model: Any) -> None:
+    def _take_over(self, model: BayesianGaussianMixture) -> None:
         super()._take_over(model)
         given = {
             "concentrations": torch.stack(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Self
 
 import torch
 from torch import Generator, Tensor
 
-from imlbench.densities.covariance import positive_definite, precision_factor
-from imlbench.densities.density import Density, Report
+from imlbench.densities.covariance import centre, positive_definite, precision_factor, scatter
+from imlbench.densities.density import Density, Points, Report
 from imlbench.densities.draws import normal
 
 _BLOCK = 1 << 14
@@ -43,40 +41,24 @@ class Gaussian(Density):
         self.register_buffer("mean", torch.zeros(n_dims, dtype=torch.float64))
         self.register_buffer("covariance", torch.eye(n_dims, dtype=torch.float64))
 
-    @torch.no_grad()
-    def fit(
-        self,
-        h: Tensor,
-        *,
-        generator: Generator,
-        valid: Tensor | None = None,
-        lengths: Sequence[int] | None = None,
-        valid_lengths: Sequence[int] | None = None,
-        report: Report | None = None,
-    ) -> Self:
-        h = self._points("h", h)
-        self.to(h.device)
-        mean = torch.stack([block.double().sum(0) for block in h.split(_BLOCK)]).sum(0) / len(h)
-        scatter = torch.zeros_like(self.covariance)
-        for block in h.split(_BLOCK):
-            x = block.double() - mean
-            scatter.addmm_(x.T, x)
-        self.mean, self.covariance = mean, positive_definite(scatter / len(h), self.reg_covar)
-        return self
+    def _fit(
+        self, train: Points, valid: Points | None, generator: Generator, report: Report | None
+    ) -> None:
+        blocks = train.h.split(_BLOCK)
+        self.mean = centre(blocks)
+        covariance = scatter(blocks, self.mean) / len(train.h)
+        self.covariance = positive_definite(covariance, self.reg_covar)
 
-    @torch.no_grad()
-    def log_prob(self, h: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        h = self._points("h", h)
+    def _log_prob(self, points: Points) -> Tensor:
         mean, factor = self.mean.double(), precision_factor(self.covariance.double())
         constant = factor.diagonal().log().sum() - self.n_dims / 2 * math.log(2 * math.pi)
         squared = [
             ((block.to(self.device).double() - mean) @ factor).square().sum(1)
-            for block in h.split(_BLOCK)
+            for block in points.h.split(_BLOCK)
         ]
-        return (constant - torch.cat(squared) / 2).to(h.device)
+        return constant - torch.cat(squared) / 2
 
-    @torch.no_grad()
-    def sample_components(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        noise = normal((self._at_least("n", n, 1), self.n_dims), generator, self.device)
+    def _sample(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        noise = normal((n, self.n_dims), generator, self.device)
         h = self.mean + noise @ torch.linalg.cholesky(self.covariance.double()).T
         return h.float(), torch.zeros(n, dtype=torch.int64, device=self.device)

@@ -6,15 +6,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, Self
+from typing import NamedTuple, Self, Unpack
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
-from imlbench.densities.covariance import DiagonalNormal
+from imlbench.densities.covariance import DiagonalNormal, centre
+from imlbench.densities.density import Points
 from imlbench.densities.draws import library_seed, normal
-from imlbench.densities.em import Init, LatentDensity
+from imlbench.densities.em import EMOptions, LatentDensity
 from imlbench.densities.kmeans import kmeans
 
 _LEAST = 1e-100  # smaller transition probabilities count as this one; see GaussianHMM
@@ -105,6 +106,13 @@ class HMMStatistics:
     moments: Tensor
 
 
+class HMMOptions(EMOptions, total=False):
+    """What :class:`GaussianHMM` can be told beside the shapes of its parameters."""
+
+    variance_prior: float
+    transition_prior: float
+
+
 class GaussianHMM(LatentDensity[HMMStatistics]):
     r"""A hidden Markov model whose states emit points of independent Gaussian coordinates.
 
@@ -137,13 +145,8 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         transition_prior: Added to every expected count of starts and of transitions. With 0 and
             few points per state, transitions that the training recordings lack die out, and
             held-out recordings that have them get a very low density.
-        reg_covar: The least variance, in squared units of the data, at least 0.
-        max_iter: Most iterations.
-        tol: The fit stops when an iteration gains less than this, in nats per point.
-        n_init: Restarts of k-means; the best one is where the fit starts.
-        init: ``"kmeans"``, or ``"current"`` to start from the parameters that the density has.
-        backend: ``"torch"``, or ``"hmmlearn"`` to fit with that library's class, which ignores
-            ``valid``; everything else is the same.
+        options: See :class:`EMOptions`. ``reg_covar`` is the least variance, and not added; the
+            other backend is ``"hmmlearn"``.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -156,6 +159,8 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         >>> hmm.log_prob(h, lengths=[200, 400]).shape
         torch.Size([600])
     """
+
+    library = "hmmlearn"
 
     start: Tensor
     ends: Tensor
@@ -170,24 +175,9 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         *,
         variance_prior: float = 1e-2,
         transition_prior: float = 0.0,
-        reg_covar: float = 1e-6,
-        max_iter: int = 100,
-        tol: float = 1e-3,
-        n_init: int = 1,
-        init: Init = "kmeans",
-        backend: Literal["torch", "hmmlearn"] = "torch",
+        **options: Unpack[EMOptions],
     ) -> None:
-        super().__init__(
-            n_dims,
-            n_components,
-            reg_covar=reg_covar,
-            max_iter=max_iter,
-            tol=tol,
-            n_init=n_init,
-            init=init,
-            backend=backend,
-            library="hmmlearn",
-        )
+        super().__init__(n_dims, n_components, **options)
         for name, prior in (
             ("variance_prior", variance_prior),
             ("transition_prior", transition_prior),
@@ -207,7 +197,12 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
 
     @classmethod
     def from_parameters(
-        cls, start: Tensor, transitions: Tensor, means: Tensor, variances: Tensor, **options: Any
+        cls,
+        start: Tensor,
+        transitions: Tensor,
+        means: Tensor,
+        variances: Tensor,
+        **options: Unpack[HMMOptions],
     ) -> Self:
         r"""Builds a model with the given parameters; fitting it starts from them.
 
@@ -226,17 +221,15 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         Raises:
             ValueError: If shapes do not fit together, or values are not those of a model.
         """
-        model = cls(means.shape[1], len(means), **{"init": "current", **options}).to(means.device)
+        model = cls(means.shape[1], len(means), **HMMOptions(init="current") | options)
+        model.to(means.device)._set_parameters(
+            "Check the number of states.",
+            start=start,
+            transitions=transitions,
+            means=means,
+            variances=variances,
+        )
         where = f"{cls.__name__}.from_parameters"
-        given = {"start": start, "transitions": transitions, "means": means, "variances": variances}
-        for name, value in given.items():
-            expected = getattr(model, name).shape
-            if value.shape != expected or not bool(torch.isfinite(value).all()):
-                raise ValueError(
-                    f"{where}: {name} must be finite, of shape {tuple(expected)}; "
-                    f"got {tuple(value.shape)}. Check the number of states."
-                )
-            setattr(model, name, value.detach().double().clone())
         for name in ("start", "transitions"):
             value = getattr(model, name)
             if bool((value < 0).any()) or bool((value.sum(-1) - 1).abs().max() > 1e-6):
@@ -252,18 +245,10 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
             )
         return model
 
-    def extra_repr(self) -> str:
-        return f"n_dims={self.n_dims}, n_components={self.n_components}"
+    def _log_prob(self, points: Points) -> Tensor:
+        return self._conditionals(Points(points.h.to(self.device), points.lengths))
 
-    @torch.no_grad()
-    def log_prob(self, h: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        h = self._points("h", h)
-        checked = self._lengths("lengths", lengths, len(h))
-        return self._conditionals(h.to(self.device), checked).to(h.device)
-
-    @torch.no_grad()
-    def sample_components(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        n = self._at_least("n", n, 1)
+    def _sample(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
         device, double = generator.device, torch.float64
         uniform = torch.rand(n, 2, generator=generator, device=device, dtype=double)
         start, ends, transitions = (
@@ -278,7 +263,7 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         noise = normal((n, self.n_dims), generator, self.device)
         return (self.means[state] + noise * self.variances[state].sqrt()).float(), state
 
-    def _groups(self, h: Tensor, lengths: list[int]) -> Iterator[tuple[slice, list[int]]]:
+    def _groups(self, lengths: list[int]) -> Iterator[tuple[slice, list[int]]]:
         """Splits the recordings so that a group's posterior probabilities fit in memory."""
         most = max(_BLOCK // self.n_components, 1)
         begin, end, group = 0, 0, list[int]()
@@ -290,11 +275,12 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
             end += length
         yield slice(begin, end), group
 
-    def _conditionals(self, h: Tensor, lengths: list[int]) -> Tensor:
+    def _conditionals(self, points: Points) -> Tensor:
         r"""Log-densities :math:`\log p(h_t \mid h_1, \dots, h_{t-1})`, shape (N,)."""
         emissions = DiagonalNormal(self.means.double(), 1 / self.variances.double())
+        h = points.h
         out = torch.empty(len(h), dtype=torch.float64, device=h.device)
-        for rows, group in self._groups(h, lengths):
+        for rows, group in self._groups(points.lengths):
             packed = pack(group, h.device)
             filtered = self._forward(emissions(h[rows][packed.order]), packed)
             out[rows][packed.order] = filtered.conditional
@@ -356,14 +342,14 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         return states, counts, conditional.sum()
 
     def _prepare(self, h: Tensor) -> None:
-        self._origin = torch.stack([x.double().sum(0) for x in h.split(1 << 14)]).sum(0) / len(h)
+        self._origin = centre(h.split(1 << 14))
 
     def _moments(self, h: Tensor, states: Tensor) -> Tensor:
         x = h.double() - self._origin
         return states.T @ torch.cat([x.new_ones(len(x), 1), x, x.square()], dim=1)
 
-    def _initialise(self, h: Tensor, lengths: list[int], generator: Generator) -> None:
-        c = self.n_components
+    def _initialise(self, points: Points, generator: Generator) -> None:
+        h, c = points.h, self.n_components
         self.means = kmeans(h, c, generator=generator, n_init=self.n_init)
         nearest = DiagonalNormal(self.means, torch.ones_like(self.means))
         self.start, self.transitions = torch.full_like(self.start, 1 / c), self.transitions * 0
@@ -375,16 +361,17 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
             ]
         ).sum(0)
         self._set_emissions(moments)
-        last = torch.tensor(lengths, device=h.device).cumsum(0) - 1
+        last = torch.tensor(points.lengths, device=h.device).cumsum(0) - 1
         self._set_ends(torch.bincount(nearest(h[last]).argmax(1), minlength=c), moments[:, 0])
 
-    def _expectation(self, h: Tensor, lengths: list[int]) -> tuple[HMMStatistics, float]:
+    def _expectation(self, points: Points) -> tuple[HMMStatistics, float]:
+        h = points.h
         emissions = DiagonalNormal(self.means, 1 / self.variances)
         start, counts = torch.zeros_like(self.start), torch.zeros_like(self.transitions)
         ends = torch.zeros_like(self.ends)
         moments = self.means.new_zeros(self.n_components, 1 + 2 * self.n_dims)
         total = torch.zeros((), dtype=torch.float64, device=h.device)
-        for rows, group in self._groups(h, lengths):
+        for rows, group in self._groups(points.lengths):
             packed = pack(group, h.device)
             x = h[rows][packed.order]
             states, pairs, log_likelihood = self._posterior(x, packed, emissions)
@@ -395,8 +382,8 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
             total += log_likelihood
         return HMMStatistics(start, ends, counts, moments), float(total) / len(h)
 
-    def _log_likelihood(self, h: Tensor, lengths: list[int]) -> float:
-        return float(self._conditionals(h, lengths).mean())
+    def _log_likelihood(self, points: Points) -> float:
+        return float(self._conditionals(points).mean())
 
     def _maximisation(self, statistics: HMMStatistics) -> None:
         starts = statistics.starts + self.transition_prior
@@ -423,9 +410,10 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         self.means = torch.where(visited, means + self._origin, self.means)
         self.variances = torch.where(visited, variances, self.variances)
 
-    def _fit_library(self, h: Tensor, lengths: list[int], generator: Generator) -> None:
+    def _fit_library(self, points: Points, generator: Generator) -> None:
         from hmmlearn.hmm import GaussianHMM as Library
 
+        h, lengths = points
         model = Library(
             self.n_components,
             covars_prior=self.variance_prior,
@@ -451,7 +439,7 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         for name, value in zip(("start", "transitions", "means", "variances"), found, strict=True):
             setattr(self, name, torch.tensor(value, device=self.device))
         self._prepare(h)
-        statistics, _ = self._expectation(h, lengths)
+        statistics, _ = self._expectation(points)
         self._set_ends(statistics.ends, statistics.moments[:, 0])
         self.log_likelihoods = [value / len(h) for value in model.monitor_.history]
         self.n_iter, self.converged = model.monitor_.iter, bool(model.monitor_.converged)

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, Unpack
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
-from imlbench.densities.covariance import COVARIANCES, DiagonalNormal, LogDensities, Moments
+from imlbench.densities.covariance import (
+    COVARIANCES,
+    DiagonalNormal,
+    LogDensities,
+    Moments,
+    centre,
+)
+from imlbench.densities.density import Points
 from imlbench.densities.draws import categorical, library_seed, normal
-from imlbench.densities.em import Init, LatentDensity
+from imlbench.densities.em import EMOptions, LatentDensity
 from imlbench.densities.kmeans import kmeans
+
+if TYPE_CHECKING:
+    from sklearn.mixture import BayesianGaussianMixture
+    from sklearn.mixture import GaussianMixture as Library
 
 CovarianceType = Literal["full", "diag", "tied", "spherical"]
 
@@ -28,6 +40,8 @@ class Mixture(LatentDensity[Moments]):
     The arguments are those of :class:`GaussianMixture`.
     """
 
+    library = "scikit-learn"
+
     weights: Tensor
     means: Tensor
     covariances: Tensor
@@ -36,27 +50,12 @@ class Mixture(LatentDensity[Moments]):
     def __init__(
         self,
         n_dims: int,
-        n_components: int,
+        n_components: int = 30,
         *,
-        covariance_type: CovarianceType,
-        reg_covar: float,
-        max_iter: int,
-        tol: float,
-        n_init: int,
-        init: Init,
-        backend: Literal["torch", "sklearn"],
+        covariance_type: CovarianceType = "full",
+        **options: Unpack[EMOptions],
     ) -> None:
-        super().__init__(
-            n_dims,
-            n_components,
-            reg_covar=reg_covar,
-            max_iter=max_iter,
-            tol=tol,
-            n_init=n_init,
-            init=init,
-            backend=backend,
-            library="sklearn",
-        )
+        super().__init__(n_dims, n_components, **options)
         self._one_of("covariance_type", covariance_type, tuple(COVARIANCES))
         self.covariance_type = covariance_type
         self._covariance = COVARIANCES[covariance_type]
@@ -66,17 +65,7 @@ class Mixture(LatentDensity[Moments]):
         self.register_buffer("covariances", self._covariance.identity(n_components, n_dims))
 
     def extra_repr(self) -> str:
-        return (
-            f"n_dims={self.n_dims}, n_components={self.n_components}, "
-            f"covariance_type={self.covariance_type!r}"
-        )
-
-    @torch.no_grad()
-    def log_prob(self, h: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        h = self._points("h", h)
-        joint = self._log_joint(torch.float64)
-        blocks = [joint(block.to(self.device)).logsumexp(1) for block in self._blocks(h)]
-        return torch.cat(blocks).to(h.device)
+        return f"{super().extra_repr()}, covariance_type={self.covariance_type!r}"
 
     @torch.no_grad()
     def responsibilities(self, h: Tensor) -> Tensor:
@@ -96,9 +85,12 @@ class Mixture(LatentDensity[Moments]):
         blocks = [joint(block.to(self.device)).softmax(1) for block in self._blocks(h)]
         return torch.cat(blocks).to(h.device)
 
-    @torch.no_grad()
-    def sample_components(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        n = self._at_least("n", n, 1)
+    def _log_prob(self, points: Points) -> Tensor:
+        joint = self._log_joint(torch.float64)
+        blocks = self._blocks(points.h)
+        return torch.cat([joint(block.to(self.device)).logsumexp(1) for block in blocks])
+
+    def _sample(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
         components = categorical(self.weights.double(), n, generator).to(self.device)
         noise = normal((n, self.n_dims), generator, self.device)
         noise = self._covariance.colour(noise, components, self.covariances.double())
@@ -120,10 +112,10 @@ class Mixture(LatentDensity[Moments]):
         """What the criterion takes off the sum of the E-step's log-densities, in nats."""
         return 0.0
 
-    def _blocks(self, h: Tensor) -> Iterator[Tensor]:
+    def _blocks(self, h: Tensor) -> Sequence[Tensor]:
         width = self.n_components * min(self.n_dims, 32) * 4
         budget = _BLOCK_BYTES if h.device.type == "cpu" else 32 * _BLOCK_BYTES
-        return iter(h.split(min(max(budget // width, 64), 1 << 16)))
+        return h.split(min(max(budget // width, 64), 1 << 16))
 
     def _moments(self, h: Tensor, posterior: Callable[[Tensor], Tensor]) -> Moments:
         """Moments of all points; ``posterior`` gives the responsibilities of a block."""
@@ -139,16 +131,37 @@ class Mixture(LatentDensity[Moments]):
         return moments
 
     def _prepare(self, h: Tensor) -> None:
-        self._origin = torch.stack([x.double().sum(0) for x in self._blocks(h)]).sum(0) / len(h)
+        self._origin = centre(self._blocks(h))
 
-    def _initialise(self, h: Tensor, lengths: list[int], generator: Generator) -> None:
+    def _initialise(self, points: Points, generator: Generator) -> None:
+        h = points.h
         self.means = kmeans(h, self.n_components, generator=generator, n_init=self.n_init)
         nearest = DiagonalNormal(self.means, torch.ones_like(self.means))
         self._maximisation(
             self._moments(h, lambda x: one_hot(nearest(x).argmax(1), self.n_components).double())
         )
 
-    def _take_over(self, model: Any) -> None:
+    @abstractmethod
+    def _library_model(self) -> Library | BayesianGaussianMixture:
+        """scikit-learn's mixture of this kind, not fitted, with what only this kind knows."""
+
+    def _fit_library(self, points: Points, generator: Generator) -> None:
+        from sklearn.exceptions import ConvergenceWarning
+
+        model = self._library_model().set_params(
+            n_components=self.n_components,
+            tol=max(self.tol, 0.0),
+            reg_covar=self.reg_covar,
+            max_iter=self.max_iter,
+            n_init=self.n_init,
+            random_state=library_seed(generator),
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(points.h.double().cpu().numpy())
+        self._take_over(model)
+
+    def _take_over(self, model: Library | BayesianGaussianMixture) -> None:
         """Copies what a fitted mixture of scikit-learn has found."""
         for name in ("weights", "means", "covariances"):
             value = torch.as_tensor(getattr(model, f"{name}_"), dtype=torch.float64)
@@ -156,7 +169,8 @@ class Mixture(LatentDensity[Moments]):
         self.log_likelihoods = [float(model.lower_bound_)]
         self.n_iter, self.converged = int(model.n_iter_), bool(model.converged_)
 
-    def _expectation(self, h: Tensor, lengths: list[int]) -> tuple[Moments, float]:
+    def _expectation(self, points: Points) -> tuple[Moments, float]:
+        h = points.h
         joint = self._log_joint(h.dtype, self._log_weights())
         total = torch.zeros((), dtype=torch.float64, device=h.device)
 
@@ -169,7 +183,8 @@ class Mixture(LatentDensity[Moments]):
         moments = self._moments(h, posterior)
         return moments, (float(total) - self._penalty()) / len(h)
 
-    def _log_likelihood(self, h: Tensor, lengths: list[int]) -> float:
+    def _log_likelihood(self, points: Points) -> float:
+        h = points.h
         joint = self._log_joint(h.dtype)
         return float(sum(joint(block).logsumexp(1).sum() for block in self._blocks(h))) / len(h)
 
@@ -193,15 +208,8 @@ class GaussianMixture(Mixture):
         covariance_type: ``"full"``: ``covariances`` has shape :math:`(C, K, K)`; ``"diag"``:
             :math:`(C, K)`; ``"tied"``, one for all components: :math:`(K, K)`; ``"spherical"``:
             :math:`(C,)`.
-        reg_covar: What is added to every variance, in squared units of the data, at least 0.
-            Where a covariance is still not positive definite, more is added to it.
-        max_iter: Most iterations.
-        tol: The fit stops when an iteration gains less than this, in nats per point.
-        n_init: Restarts of k-means; the best one is where the fit starts.
-        init: ``"kmeans"``, or ``"current"`` to start from the parameters that the density has, from
-            :meth:`from_parameters`, ``load_state_dict`` or an earlier fit.
-        backend: ``"torch"``, or ``"sklearn"`` to fit with scikit-learn's class, which ignores
-            ``valid``; everything else is the same.
+        options: See :class:`EMOptions`. Where a covariance with ``reg_covar`` is still not positive
+            definite, more is added to it; the other backend is ``"scikit-learn"``.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -214,31 +222,6 @@ class GaussianMixture(Mixture):
         torch.Size([5, 2])
     """
 
-    def __init__(
-        self,
-        n_dims: int,
-        n_components: int = 30,
-        *,
-        covariance_type: CovarianceType = "full",
-        reg_covar: float = 1e-6,
-        max_iter: int = 100,
-        tol: float = 1e-3,
-        n_init: int = 1,
-        init: Init = "kmeans",
-        backend: Literal["torch", "sklearn"] = "torch",
-    ) -> None:
-        super().__init__(
-            n_dims,
-            n_components,
-            covariance_type=covariance_type,
-            reg_covar=reg_covar,
-            max_iter=max_iter,
-            tol=tol,
-            n_init=n_init,
-            init=init,
-            backend=backend,
-        )
-
     @classmethod
     def from_parameters(
         cls,
@@ -247,7 +230,7 @@ class GaussianMixture(Mixture):
         covariances: Tensor,
         *,
         covariance_type: CovarianceType = "full",
-        **options: Any,
+        **options: Unpack[EMOptions],
     ) -> Self:
         r"""Builds a mixture with the given parameters; fitting it starts from them.
 
@@ -264,21 +247,11 @@ class GaussianMixture(Mixture):
         Raises:
             ValueError: If shapes do not fit together, or values are not those of a mixture.
         """
-        mixture = cls(
-            means.shape[1],
-            len(means),
-            covariance_type=covariance_type,
-            **{"init": "current", **options},
-        ).to(means.device)
-        given = {"weights": weights, "means": means, "covariances": covariances}
-        for name, value in given.items():
-            expected = getattr(mixture, name).shape
-            if value.shape != expected or not bool(torch.isfinite(value).all()):
-                raise ValueError(
-                    f"{cls.__name__}.from_parameters: {name} must be finite, of shape "
-                    f"{tuple(expected)}; got {tuple(value.shape)}. Check covariance_type."
-                )
-            setattr(mixture, name, value.detach().double().clone())
+        options = EMOptions(init="current") | options
+        mixture = cls(means.shape[1], len(means), covariance_type=covariance_type, **options)
+        mixture.to(means.device)._set_parameters(
+            "Check covariance_type.", weights=weights, means=means, covariances=covariances
+        )
         if bool((mixture.weights < 0).any()) or not bool(mixture.weights.sum() > 0):
             raise ValueError(
                 f"{cls.__name__}.from_parameters: weights must be at least 0 and not all 0; "
@@ -302,9 +275,8 @@ class GaussianMixture(Mixture):
         self.means = torch.where(kept[:, None], means + statistics.origin, self.means)
         self.covariances = self._covariance.keep(kept, covariances, self.covariances)
 
-    def _fit_library(self, h: Tensor, lengths: list[int], generator: Generator) -> None:
-        from sklearn import mixture
-        from sklearn.exceptions import ConvergenceWarning
+    def _library_model(self) -> Library:
+        from sklearn.mixture import GaussianMixture as Library
 
         start = {}
         if self.init == "current":
@@ -313,17 +285,4 @@ class GaussianMixture(Mixture):
                 "means_init": self.means.cpu().numpy(),
                 "precisions_init": self._covariance.invert(self.covariances).cpu().numpy(),
             }
-        model = mixture.GaussianMixture(
-            self.n_components,
-            covariance_type=self.covariance_type,
-            tol=max(self.tol, 0.0),
-            reg_covar=self.reg_covar,
-            max_iter=self.max_iter,
-            n_init=self.n_init,
-            random_state=library_seed(generator),
-            **start,
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(h.double().cpu().numpy())
-        self._take_over(model)
+        return Library(covariance_type=self.covariance_type, **start)

@@ -27,7 +27,7 @@ BUILD: dict[str, Callable[[int], Density]] = {
     "spherical": lambda k: GaussianMixture(k, 3, covariance_type="spherical", max_iter=20),
     "dirichlet": lambda k: DirichletProcessMixture(k, 3, max_iter=20),
     "hmm": lambda k: GaussianHMM(k, 3, max_iter=20),
-    "sklearn": lambda k: GaussianMixture(k, 3, backend="sklearn", max_iter=20),
+    "scikit-learn": lambda k: GaussianMixture(k, 3, backend="scikit-learn", max_iter=20),
 }
 LENGTHS = [100, 150, 50]
 
@@ -119,7 +119,7 @@ def test_samples_follow_the_density(name: str) -> None:
 
 
 def test_report_sees_every_iteration(name: str) -> None:
-    if name in {"gaussian", "sklearn"}:
+    if name in {"gaussian", "scikit-learn"}:
         pytest.skip("does not iterate here")
     seen: list[tuple[int, int, float]] = []
     density = BUILD[name](2)
@@ -129,7 +129,7 @@ def test_report_sees_every_iteration(name: str) -> None:
 
 
 def test_held_out_points_choose_the_parameters(name: str) -> None:
-    if name in {"gaussian", "sklearn"}:
+    if name in {"gaussian", "scikit-learn"}:
         pytest.skip("does not iterate here")
     valid = blobs()[::7] + 0.5
     values: list[float] = []
@@ -168,8 +168,18 @@ def test_bad_arguments_are_refused(name: str) -> None:
     if name not in {"gaussian"}:
         with pytest.raises(ValueError, match="h must be at least 3 points; got 2"):
             BUILD[name](2).fit(torch.zeros(2, 2), generator=seeded())
-        with pytest.raises(ValueError, match="lengths must be positive and sum to 300"):
-            BUILD[name](2).fit(blobs(), generator=seeded(), lengths=[100, 100])
+
+
+def test_bad_recordings_are_refused(name: str) -> None:
+    density, h = BUILD[name](2), blobs()
+    with pytest.raises(ValueError, match=": lengths must be positive and sum to 300"):
+        density.fit(h, generator=seeded(), lengths=[100, 100])
+    with pytest.raises(ValueError, match=": lengths must be positive and sum to 300"):
+        density.log_prob(h, [300, 0])
+    with pytest.raises(ValueError, match="valid must be finite"):
+        density.fit(h, generator=seeded(), valid=h * torch.nan)
+    with pytest.raises(ValueError, match="valid_lengths must be positive and sum to 300"):
+        density.fit(h, generator=seeded(), valid=h, valid_lengths=[299])
 
 
 HARD = {
@@ -188,7 +198,7 @@ HARD = {
 @pytest.mark.parametrize("case", HARD)
 @pytest.mark.parametrize("reg_covar", [1e-6, 0.0])
 def test_degenerate_points_give_finite_densities(name: str, case: str, reg_covar: float) -> None:
-    if name == "sklearn":
+    if name == "scikit-learn":
         pytest.skip("scikit-learn refuses some of them")
     density = BUILD[name](3)
     density.reg_covar = reg_covar

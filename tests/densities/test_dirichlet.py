@@ -91,13 +91,18 @@ def test_concentration_is_used() -> None:
 
 
 def test_library_gives_its_posterior() -> None:
-    density = DirichletProcessMixture(4, 8, backend="sklearn", max_iter=300)
+    density = DirichletProcessMixture(4, 8, backend="scikit-learn", max_iter=300)
     density.fit(groups(), generator=seeded())
     assert density.n_effective >= 3
     continued = DirichletProcessMixture(4, 8, init="current", max_iter=300, tol=1e-6)
     continued.load_state_dict(density.state_dict())
     continued.fit(groups(), generator=seeded())
     assert continued.log_likelihoods[-1] >= continued.log_likelihoods[0]
+
+
+def test_covariances_are_full() -> None:
+    with pytest.raises(TypeError, match="covariance_type"):
+        DirichletProcessMixture(2, covariance_type="diag")
 
 
 @pytest.mark.parametrize("concentration", [0.0, -1.0, math.inf, math.nan])

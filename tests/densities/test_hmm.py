@@ -268,6 +268,6 @@ def test_bad_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match="transition_prior must be finite"):
         GaussianHMM(2, transition_prior=math.inf)
     with pytest.raises(ValueError, match="backend must be one of torch, hmmlearn"):
-        GaussianHMM(2, backend="sklearn")
+        GaussianHMM(2, backend="scikit-learn")
     with pytest.raises(ValueError, match="lengths must be positive"):
         good.log_prob(recordings(), [300, 0])

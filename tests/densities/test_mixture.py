@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import logsumexp
-from scipy.stats import multivariate_normal
+from scipy.stats import entropy, multivariate_normal
 from sklearn import mixture
 from torch import Generator, Tensor
 
-from imlbench.densities import Gaussian, GaussianMixture
+from imlbench.densities import Gaussian, GaussianMixture, perplexity
 from imlbench.densities.covariance import COVARIANCES, TriangularNormal
 from imlbench.densities.kmeans import kmeans
 
@@ -83,7 +83,7 @@ def test_em_follows_scikit_learn(covariance_type: str, dtype: torch.dtype) -> No
     h = overlapping(dtype=dtype)
     options = {"max_iter": 10, "tol": -math.inf}
     ours = start(covariance_type, **options).fit(h, generator=seeded())
-    theirs = start(covariance_type, backend="sklearn", max_iter=10, tol=0.0)
+    theirs = start(covariance_type, backend="scikit-learn", max_iter=10, tol=0.0)
     theirs.fit(h, generator=seeded())
     # Ten iterations amplify the E-step's rounding: 6e-8 relative in float32 (with float64 moments),
     # 1e-16 in float64.
@@ -198,7 +198,7 @@ def test_a_component_without_points_gets_weight_zero() -> None:
         ({"n_init": 0}, "n_init must be at least 1"),
         ({"reg_covar": -1.0}, "reg_covar must be finite and at least 0"),
         ({"covariance_type": "round"}, "covariance_type must be one of full, diag"),
-        ({"backend": "hmmlearn"}, "backend must be one of torch, sklearn"),
+        ({"backend": "hmmlearn"}, "backend must be one of torch, scikit-learn"),
         ({"init": "random"}, "init must be one of kmeans, current"),
     ],
 )
@@ -218,6 +218,13 @@ def test_bad_parameters_are_refused() -> None:
         build(w, m, -s)
     with pytest.raises(ValueError, match="means must be finite"):
         build(w, m * torch.nan, s)
+
+
+def test_perplexity_is_the_exponential_of_scipys_entropy() -> None:
+    weights = torch.tensor([0.7, 0.2, 0.1, 0.0], dtype=torch.float64)
+    # float64 on both sides.
+    assert perplexity(weights) == pytest.approx(math.exp(entropy(weights.numpy())), rel=1e-12)
+    assert perplexity(torch.ones(5) / 5) == pytest.approx(5)
 
 
 def test_kmeans_restarts_find_the_groups() -> None:
