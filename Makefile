@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow bench
+.PHONY: demo test slow speed
 
 # Installs into .venv; runs again only when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
@@ -21,10 +21,10 @@ test: $(VENV)/.installed  ## the whole default test suite
 slow: $(VENV)/.installed  ## the tests that take minutes
 	$(BIN)/pytest -m slow
 
-$(VENV)/.bench-installed: pyproject.toml
+$(VENV)/.speed-installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python -m pip install --quiet --editable '.[speed]'
 	touch $@
 
-bench: $(VENV)/.bench-installed  ## speed beside other libraries; about 25 minutes
-	$(BIN)/python -m benchmarks
+speed: $(VENV)/.speed-installed  ## speed beside other libraries; about 25 minutes
+	$(BIN)/python -m speed

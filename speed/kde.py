@@ -10,10 +10,10 @@ import torch
 from sklearn.neighbors import KernelDensity
 from torch import Tensor
 
-from benchmarks import data
-from benchmarks.case import Agreement, Case, Claim, Finding, Measured, Note, Seconds, Spread
-from benchmarks.measure import interleaved, memory, ratio, seconds, spread
 from imlbench.densities import kde_log_prob
+from speed import data
+from speed.case import Agreement, Case, Claim, Finding, Measured, Note, Seconds, Spread
+from speed.measure import interleaved, memory, ratio, seconds, spread
 
 BANDWIDTH = 0.2
 TOLERANCE = 1e-4  # what kde_log_prob promises

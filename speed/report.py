@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from imlbench.job import environment
 from tabulate import tabulate
 
-from benchmarks.case import Record
-from imlbench.job import environment
+from speed.case import Record
 
 LIBRARIES = ("numpy", "scikit-learn", "hmmlearn", "pomegranate", "pythae")
 HEADERS = ("", "predicted", "target", "measured", "")
@@ -132,7 +132,7 @@ def agrees(record: Record) -> bool:
 def markdown(records: Sequence[Record]) -> str:
     """Return RESULTS.md, made of records alone."""
     parts = [
-        "# What `make bench` measured",
+        "# What `make speed` measured",
         "Ratios are medians over repetitions that take turns, with the smallest and the largest "
         "in parentheses. Predictions stand in the code and were made before measuring.",
         *(_section(record) for record in records),

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.case import Spread
+from speed.case import Spread
 
 Clock = Callable[[], float]
 Timer = Callable[[], float]

@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks [CASE ...]``."""
+"""The command line: ``python -m speed [CASE ...]``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-
-from benchmarks import hmm, kde, likelihood, mixture, report, training, whole
-from benchmarks.case import Case, Record
-from benchmarks.runner import measure_apart
-from imlbench.errors import UserError, unknown
 from imlbench.store import write_atomically, write_json
+
+from imlbench.errors import UserError, unknown
+from speed import hmm, kde, likelihood, mixture, report, training, whole
+from speed.case import Case, Record
+from speed.runner import measure_apart
 
 CASES: dict[str, Case] = {
     case.name: case
@@ -45,7 +45,7 @@ def select(names: Sequence[str]) -> list[Case]:
     needs = {need for case in chosen for need in case.needs}
     missing = sorted(need for need in needs if importlib.util.find_spec(need) is None)
     if missing:
-        raise UserError(f"{', '.join(missing)} not installed: pip install 'imlbench[bench]'")
+        raise UserError(f"{', '.join(missing)} not installed: pip install 'imlbench[speed]'")
     return chosen
 
 
@@ -66,7 +66,7 @@ def save(new: Record) -> None:
 @click.argument("names", nargs=-1, metavar="[CASE]...")
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
 def main(names: tuple[str, ...], threads: int) -> None:
-    """Measure imlbench beside other libraries, and write benchmarks/RESULTS.md.
+    """Measure imlbench beside other libraries, and write speed/RESULTS.md.
 
     Exit status: 0, measured, whether targets were met or missed; 1, results disagree or a case
     failed; 2, a mistake in the request.

@@ -10,10 +10,10 @@ import torch
 from sklearn import mixture as sklearn_mixture
 from torch import Tensor
 
-from benchmarks import data
-from benchmarks.case import Agreement, Case, Claim, Failed, Finding, Measured, Note, Seconds
-from benchmarks.measure import Timer, interleaved, per_iteration, ratio, spread
 from imlbench.densities import GaussianMixture
+from speed import data
+from speed.case import Agreement, Case, Claim, Failed, Finding, Measured, Note, Seconds
+from speed.measure import Timer, interleaved, per_iteration, ratio, spread
 
 FIRST, MORE = 1, 2
 N_ITER = FIRST + MORE

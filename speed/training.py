@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from benchmarks import data
-from benchmarks.case import Agreement, Case, Claim, Finding, Measured, Seconds
-from benchmarks.measure import interleaved, ratio, seconds, spread
 from imlbench import Examples
 from imlbench.training import OneCycleAdam, batch_size_for
+from speed import data
+from speed.case import Agreement, Case, Claim, Finding, Measured, Seconds
+from speed.measure import interleaved, ratio, seconds, spread
 
 BOTH, LOADER, OPTIMISER = "DataLoader, default Adam", "DataLoader", "default Adam"
 SHIPPED = "imlbench"

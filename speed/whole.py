@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import data
-from benchmarks.case import Case, Claim, Finding, Measured, Note, Seconds
-from benchmarks.measure import ratio, seconds, spread
 from imlbench import Examples, Splits
 from imlbench.densities import kde_log_prob
 from imlbench.training import batch_size_for
+from speed import data
+from speed.case import Case, Claim, Finding, Measured, Note, Seconds
+from speed.measure import ratio, seconds, spread
 
 BANDWIDTH = 0.2
 TIME, GAIN = "pythae / imlbench", "kde_paper, imlbench - pythae"

@@ -12,8 +12,8 @@ from dataclasses import asdict
 
 import torch
 
-from benchmarks.case import Agreement, Case, Failed, Measured, Note, Record, Seconds
-from benchmarks.report import facts
+from speed.case import Agreement, Case, Failed, Measured, Note, Record, Seconds
+from speed.report import facts
 
 
 def measure_apart(case: Case, threads: int) -> Record:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import data
-from benchmarks.case import Agreement, Case, Claim, Finding, Measured, Seconds
-from benchmarks.measure import interleaved, ratio, seconds, spread
+from speed import data
+from speed.case import Agreement, Case, Claim, Finding, Measured, Seconds
+from speed.measure import interleaved, ratio, seconds, spread
 
 REVERSE, FORWARD = "jacrev, image by image", "jacfwd, vectorised"
 

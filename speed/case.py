@@ -107,7 +107,7 @@ class Case:
         about: How it is made fair.
         claims: What is expected, in the order of the table.
         run: Measures; a function of a module, as it runs in a process of its own.
-        needs: Packages of the extra ``bench`` that it imports.
+        needs: Packages of the extra ``speed`` that it imports.
     """
 
     name: str

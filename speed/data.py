@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from imlbench import Examples, FitContext, Sources, Space, Splits
 from imlbench.job import derive_seed, seeded
 from imlbench.registry import Registry
 from imlbench.store import read_tensors, write_tensors
+from torch import Tensor, nn
+
+from imlbench import Examples, FitContext, Sources, Space, Splits
 
 EPOCHS = 3
 """Enough for embeddings that are no noise."""
@@ -63,7 +63,7 @@ def autoencoder(dataset: str, latent_dim: int) -> tuple[Any, Splits]:
     code = Registry().code(type(model))
     key = json.dumps([code, splits.fingerprint, model.params.model_dump()])
     name = f"{dataset}-{latent_dim}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    path = Sources().cache_dir / "benchmarks" / name
+    path = Sources().cache_dir / "speed" / name
     if path.exists():
         model.load_state_dict(read_tensors(path))
     else:

@@ -15,10 +15,10 @@ import torch
 from hmmlearn import hmm
 from torch import Tensor
 
-from benchmarks import data
-from benchmarks.case import Agreement, Case, Claim, Failed, Finding, Measured, Note, Seconds
-from benchmarks.measure import Timer, interleaved, per_iteration, ratio, seconds, spread
 from imlbench.densities import GaussianHMM
+from speed import data
+from speed.case import Agreement, Case, Claim, Failed, Finding, Measured, Note, Seconds
+from speed.measure import Timer, interleaved, per_iteration, ratio, seconds, spread
 
 FIRST, MORE = 1, 2
 RECORDINGS, SEQUENCE = "recordings", "sequence"

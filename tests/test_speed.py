@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic, tables and exit status, with made-up clocks and cases."""
+"""Measurements of speed: arithmetic, tables and exit status, with made-up clocks and cases."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import scipy.stats
 import torch
 from click.testing import CliRunner
 
-from benchmarks import __main__ as command
-from benchmarks import hmm, kde, mixture, report
-from benchmarks.case import Agreement, Case, Claim, Failed, Measured, Note, Seconds, Spread
-from benchmarks.measure import interleaved, memory, per_iteration, ratio, seconds, spread
-from benchmarks.runner import measure
 from imlbench.densities import GaussianHMM, GaussianMixture
 from imlbench.errors import DataError
+from speed import __main__ as command
+from speed import hmm, kde, mixture, report
+from speed.case import Agreement, Case, Claim, Failed, Measured, Note, Seconds, Spread
+from speed.measure import interleaved, memory, per_iteration, ratio, seconds, spread
+from speed.runner import measure
 
 FAST = Claim("fast", 3.0, "arithmetic", at_least=2.0)
 SMALL = Claim("small", 100.0, "arithmetic", at_most=512.0, unit="MiB")
@@ -50,7 +50,7 @@ def make_case(name="made-up", difference=0.0, fast=2.5):
 
 
 @pytest.fixture
-def bench(monkeypatch, tmp_path):
+def run_speed(monkeypatch, tmp_path):
     """The command line with made-up cases, run in this process; returns click's result."""
 
     def invoke(*arguments, cases=None):
@@ -149,8 +149,8 @@ def test_a_target_is_met_at_its_value(value, expected):
     assert report.verdict(row) == expected
 
 
-def test_the_table_shows_prediction_target_measurement_and_verdict_in_80_columns(bench):
-    result = bench()
+def test_the_table_shows_prediction_target_measurement_and_verdict_in_80_columns(run_speed):
+    result = run_speed()
     assert result.exit_code == 0  # a missed target is no error
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 80
@@ -169,16 +169,16 @@ def test_all_claims_fit_the_table():
 
 
 @pytest.mark.parametrize("difference", [1.1e-4, math.nan])
-def test_results_that_disagree_are_an_error(bench, tmp_path, difference):
-    result = bench(cases=(make_case(difference=difference), make_case("other")))
+def test_results_that_disagree_are_an_error(run_speed, tmp_path, difference):
+    result = run_speed(cases=(make_case(difference=difference), make_case("other")))
     assert result.exit_code == 1
     assert "DISAGREES: two sums" in result.stdout
     assert "other: Ratios" in result.stdout  # the next case is measured all the same
     assert "DISAGREES: two sums" in (tmp_path / "RESULTS.md").read_text()
 
 
-def test_an_unknown_case_is_one_message(bench, tmp_path):
-    result = bench("mixtrue", cases=(make_case("mixture"),))
+def test_an_unknown_case_is_one_message(run_speed, tmp_path):
+    result = run_speed("mixtrue", cases=(make_case("mixture"),))
     assert result.exit_code == 2
     assert result.stderr == (
         "error: unknown case 'mixtrue'. Did you mean 'mixture'? Known: mixture.\n"
@@ -186,32 +186,32 @@ def test_an_unknown_case_is_one_message(bench, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_extra_is_one_line(bench):
+def test_a_missing_extra_is_one_line(run_speed):
     case = make_case()
     needy = Case(case.name, case.title, case.about, case.claims, case.run, ("no_such_package",))
-    result = bench(cases=(needy,))
+    result = run_speed(cases=(needy,))
     assert result.exit_code == 2
     assert result.stderr == (
-        "error: no_such_package not installed: pip install 'imlbench[bench]'\n"
+        "error: no_such_package not installed: pip install 'imlbench[speed]'\n"
     )
 
 
-def test_a_case_that_fails_costs_no_other(bench, tmp_path):
+def test_a_case_that_fails_costs_no_other(run_speed, tmp_path):
     def run():
         raise DataError("dataset mnist: MNIST/raw not found")
 
     broken = Case("broken", "Ratios", "Fair.", (FAST,), run)
-    result = bench(cases=(broken, make_case()))
+    result = run_speed(cases=(broken, make_case()))
     assert result.exit_code == 1
     assert "error: broken: dataset mnist: MNIST/raw not found" in result.stderr
     assert list(json.loads((tmp_path / "results.json").read_text())) == ["made-up"]
 
 
-def test_a_selection_keeps_the_results_of_other_cases(bench, tmp_path):
+def test_a_selection_keeps_the_results_of_other_cases(run_speed, tmp_path):
     cases = make_case("first"), make_case("second")
-    bench(cases=cases)
+    run_speed(cases=cases)
     before = json.loads((tmp_path / "results.json").read_text())
-    bench("second", cases=(cases[0], make_case("second", fast=77.0)))
+    run_speed("second", cases=(cases[0], make_case("second", fast=77.0)))
     after = json.loads((tmp_path / "results.json").read_text())
     assert after["first"] == before["first"]
     assert after["second"]["rows"][0]["spread"]["value"] == 77.0
@@ -220,8 +220,8 @@ def test_a_selection_keeps_the_results_of_other_cases(bench, tmp_path):
     assert page.index("## second") < page.index("77x")
 
 
-def test_every_measured_number_of_the_page_is_from_the_records(bench, tmp_path):
-    bench()
+def test_every_measured_number_of_the_page_is_from_the_records(run_speed, tmp_path):
+    run_speed()
     page = (tmp_path / "RESULTS.md").read_text()
     for expected in ("| fast", "arithmetic", "work: 0.5 s (0.25..1)", "- A remark.", "threads"):
         assert expected in page

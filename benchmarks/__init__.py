@@ -1,1 +1,0 @@
-"""Speed and accuracy beside other libraries: ``python -m benchmarks [CASE ...]``."""
