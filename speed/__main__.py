@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from imlbench.store import write_atomically, write_json
 
 from imlbench.errors import UserError, unknown
+from imlbench.store import write_atomically, write_json
 from speed import hmm, kde, likelihood, mixture, report, training, whole
 from speed.case import Case, Record
 from speed.runner import measure_apart

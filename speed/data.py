@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from imlbench.job import derive_seed, seeded
-from imlbench.registry import Registry
-from imlbench.store import read_tensors, write_tensors
 from torch import Tensor, nn
 
 from imlbench import Examples, FitContext, Sources, Space, Splits
+from imlbench.job import derive_seed, seeded
+from imlbench.registry import Registry
+from imlbench.store import read_tensors, write_tensors
 
 EPOCHS = 3
 """Enough for embeddings that are no noise."""

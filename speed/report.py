@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from imlbench.job import environment
 from tabulate import tabulate
 
+from imlbench.job import environment
 from speed.case import Record
 
 LIBRARIES = ("numpy", "scikit-learn", "hmmlearn", "pomegranate", "pythae")
