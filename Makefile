@@ -4,27 +4,25 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test slow speed
 
-# Installs into .venv; runs again only when pyproject.toml changes.
-$(VENV)/.installed: pyproject.toml
+# Each installs into .venv what its commands need; again only when pyproject.toml changes.
+$(VENV)/.installed $(VENV)/.test-installed $(VENV)/.speed-installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.$(EXTRA)'
 	touch $@
+
+$(VENV)/.test-installed: EXTRA = [test]
+$(VENV)/.speed-installed: EXTRA = [speed]
 
 demo: $(VENV)/.installed  ## train and compare IML and VAE on scikit-learn's digits; needs no download
 	$(BIN)/imlbench run --models iml,vae --datasets digits
 
-test: $(VENV)/.installed  ## the whole default test suite
+test: $(VENV)/.test-installed  ## the whole default test suite
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-slow: $(VENV)/.installed  ## the tests that take minutes
+slow: $(VENV)/.test-installed  ## the tests that take minutes
 	$(BIN)/pytest -m slow
-
-$(VENV)/.speed-installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[speed]'
-	touch $@
 
 speed: $(VENV)/.speed-installed  ## speed beside other libraries; about 25 minutes
 	$(BIN)/python -m speed

@@ -1,13 +1,22 @@
-"""The networks that plugins share: perceptrons, and the DC-GAN's for larger images."""
+"""The networks that plugins share, and their usual sizes: perceptrons, and the DC-GAN's."""
 
 from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import TypeVar
 
 from torch import Tensor, nn
 
-from imlbench.api import Space
+from imlbench.api import Params, Space
+from imlbench.errors import ParameterError
+
+P = TypeVar("P", bound=Params)
+
+HIDDEN_DIM = 600
+"""Usual width of a perceptron's hidden layer."""
+WIDTH = 128
+"""Usual number of channels of the DC-GAN's networks next to the image."""
 
 
 def is_convolutional(space: Space) -> bool:
@@ -21,6 +30,41 @@ def is_convolutional(space: Space) -> bool:
         return False
     _, height, width = space.event_shape
     return height == width and width >= 32 and math.log2(width).is_integer()
+
+
+def usual_latent_dim(space: Space) -> int:
+    """Return the usual number of latent dimensions, K: 100 for the DC-GAN, 20 for a perceptron."""
+    return 100 if is_convolutional(space) else 20
+
+
+def fill_sizes(params: P, space: Space) -> P:
+    """Return parameters with the usual sizes of the networks for the data, where none are given.
+
+    Either ``width`` or ``hidden_dim`` is left without a value, as the networks do not have it.
+
+    Arguments:
+        params: Parameters with ``latent_dim``, ``hidden_dim`` and ``width``.
+        space: The space of the data.
+    """
+    if is_convolutional(space):
+        return params.filled(latent_dim=usual_latent_dim(space), width=WIDTH).without("hidden_dim")
+    return params.filled(latent_dim=usual_latent_dim(space), hidden_dim=HIDDEN_DIM).without("width")
+
+
+def require_at_most(name: str, size: int, limit: int, what: str) -> None:
+    """Check a size that the data limit.
+
+    Arguments:
+        name: The parameter.
+        size: Its value.
+        limit: The largest value that the data allow.
+        what: What the limit is, such as ``"the dimensions of the data"``.
+
+    Raises:
+        ParameterError: The size is larger.
+    """
+    if size > limit:
+        raise ParameterError(name, f"must be at most {limit}, {what}; got {size}.")
 
 
 def perceptron(*sizes: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
@@ -37,7 +81,7 @@ def perceptron(*sizes: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequent
 
 
 def convolutional_decoder(
-    latent_dim: int, space: Space, width: int = 128, *, batch_norm: bool
+    latent_dim: int, space: Space, width: int, *, batch_norm: bool
 ) -> nn.Sequential:
     r"""Return the DC-GAN's generator without its output activation (https://arxiv.org/abs/1511.06434).
 
@@ -67,7 +111,7 @@ def convolutional_decoder(
 
 
 def convolutional_encoder(
-    space: Space, n_out: int, width: int = 128, *, batch_norm: bool
+    space: Space, n_out: int, width: int, *, batch_norm: bool
 ) -> nn.Sequential:
     r"""Return the mirror image of :func:`convolutional_decoder`: the DC-GAN's discriminator.
 
@@ -108,10 +152,9 @@ class Bounded(nn.Module):
 
     def __init__(self, space: Space) -> None:
         super().__init__()
-        self.value_range = space.value_range
+        self.space = space
 
     def forward(self, t: Tensor) -> Tensor:
-        if self.value_range is None:
+        if self.space.value_range is None:
             return t
-        low, high = self.value_range
-        return low + (high - low) * (t.tanh() + 1) / 2
+        return self.space.from_unit((t.tanh() + 1) / 2)

@@ -54,7 +54,7 @@ class OneCycleAdam:
 
 
 def train_epochs(
-    step: Callable[[Tensor], dict[str, Tensor]],
+    step: Callable[[Tensor], Mapping[str, Tensor]],
     data: Examples,
     *,
     n_epochs: int,
@@ -63,12 +63,14 @@ def train_epochs(
     stage: str,
     after_epoch: Callable[[int, int, Mapping[str, float]], None] | None = None,
 ) -> None:
-    r"""Call ``step`` with shuffled batches, and report the mean of its values for every epoch.
+    """Call ``step`` with shuffled batches, and report the mean of its values for every epoch.
 
-    The values stay on the device until the epoch ends: no step waits for the host.
+    The values stay on the device until the epoch ends: no step waits for the host. The batch size
+    and the number of steps that were used are recorded.
 
     Arguments:
-        step: Takes a batch of shape :math:`(B, *event\_shape)`, changes the parameters, and returns
+        step: Takes the numbers (B,) of a batch's examples, reads what it needs, such as
+            ``train[rows]`` and ``train.labels["digit"][rows]``, changes the parameters, and returns
             scalars to report, such as ``{"loss": loss}``.
         data: The training examples; incomplete last batches are left out.
         n_epochs: Passes over the data.
@@ -81,22 +83,26 @@ def train_epochs(
         Diverged: A reported value is NaN or infinite, or a factorisation failed.
     """
     size = batch_size_for(len(data), batch_size)
+    context.record(batch_size=size, n_steps=n_steps_for(len(data), batch_size, n_epochs))
     generator = context.generator(f"{stage} shuffle")
     for epoch in range(1, n_epochs + 1):
-        totals: dict[str, Tensor] = {}
-        n_batches = 0
-        for x in data.batches(size, generator):
-            if len(x) < size:
-                continue
-            try:
-                values = step(x)
-            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # what NaN in a factorisation comes to
-                raise Diverged(stage, epoch, str(error).splitlines()[0]) from error
-            for name, value in values.items():
-                value = value.detach()
-                totals[name] = totals[name] + value if name in totals else value
-            n_batches += 1
-        means = {name: (total / n_batches).item() for name, total in totals.items()}
+        batches = (rows for rows in data.shuffled(size, generator) if len(rows) == size)
+        try:
+            means = _means(map(step, batches))
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # what NaN in a factorisation comes to
+            raise Diverged(stage, epoch, str(error).splitlines()[0]) from error
         context.report(stage, epoch, n_epochs, **means)
         if after_epoch is not None:
             after_epoch(epoch, n_epochs, means)
+
+
+def _means(records: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Return the mean of every value over the records."""
+    totals: dict[str, Tensor] = {}
+    n_records = 0
+    for values in records:
+        n_records += 1
+        for name, value in values.items():
+            value = value.detach()
+            totals[name] = totals[name] + value if name in totals else value
+    return {name: (total / n_records).item() for name, total in totals.items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from imlbench.errors import UserError, unknown
-from imlbench.store import write_atomically, write_json
+from imlbench.records.folder import write_atomically, write_text
 from speed import hmm, kde, likelihood, mixture, report, training, whole
 from speed.case import Case, Record
 from speed.runner import measure_apart
@@ -54,7 +54,7 @@ def save(new: Record) -> None:
     path = FOLDER / "results.json"
     records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     records[new["case"]] = new
-    write_json(path, records)
+    write_text(path, json.dumps(records, indent=2) + "\n")
     content = report.markdown([records[name] for name in CASES if name in records])
     write_atomically(FOLDER / "RESULTS.md", lambda path: path.write_text(content, encoding="utf-8"))
 

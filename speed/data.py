@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 
 from imlbench import Examples, FitContext, Sources, Space, Splits
-from imlbench.job import derive_seed, seeded
-from imlbench.registry import Registry
-from imlbench.store import read_tensors, write_tensors
+from imlbench.plan.identity import code_of, digest
+from imlbench.plan.registry import Registry
+from imlbench.records.folder import read_tensors, write_tensors
+from imlbench.runner import fitting
 
 EPOCHS = 3
 """Enough for embeddings that are no noise."""
@@ -25,14 +25,18 @@ class Context(FitContext):
     def __init__(self, seed: int) -> None:
         self.device, self.seed = torch.device("cpu"), seed
 
-    def generator(self, purpose: str, device: torch.device | str | None = None) -> torch.Generator:
-        return torch.Generator(device or "cpu").manual_seed(derive_seed(self.seed, purpose))
-
     def report(self, stage: str, step: int, n_steps: int, **values: float) -> None:
         pass
 
+    def record(self, **facts: JsonValue) -> None:
+        pass
+
     def fit_once(
-        self, stage: str, module: nn.Module, settings: Mapping[str, Any], fit: Callable[[], None]
+        self,
+        stage: str,
+        module: nn.Module,
+        settings: Mapping[str, JsonValue],
+        fit: Callable[[], None],
     ) -> None:
         fit()
 
@@ -40,15 +44,15 @@ class Context(FitContext):
 def load(dataset: str) -> tuple[Splits, Space]:
     """Return a dataset with its usual parameters."""
     cls = Registry().datasets[dataset]
-    plugin = cls(cls.Params())
+    plugin = cls(cls.params_type())
     return plugin.load(Sources()), plugin.space
 
 
 def build(model: str, space: Space, seed: int, **params: Any) -> Any:
     """Return a model as the harness builds it: parameters resolved, initialised by the seed."""
     cls = Registry().models[model]
-    with seeded(derive_seed(seed, "initialisation")):
-        return cls(cls.resolve(cls.Params(**params), space), space)
+    resolved = cls.resolve(cls.params_type(**params), space)
+    return fitting.build(cls, resolved.settings(), space, seed, torch.device("cpu"))
 
 
 def autoencoder(dataset: str, latent_dim: int) -> tuple[Any, Splits]:
@@ -60,9 +64,9 @@ def autoencoder(dataset: str, latent_dim: int) -> tuple[Any, Splits]:
     """
     splits, space = load(dataset)
     model = build("iml-gaussian", space, seed=0, latent_dim=latent_dim, epochs=EPOCHS)
-    code = Registry().code(type(model))
-    key = json.dumps([code, splits.fingerprint, model.params.model_dump()])
-    name = f"{dataset}-{latent_dim}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    code = code_of(type(model).__module__)
+    key = digest(code, splits.fingerprint, model.params.settings())
+    name = f"{dataset}-{latent_dim}-{key}.safetensors"
     path = Sources().cache_dir / "speed" / name
     if path.exists():
         model.load_state_dict(read_tensors(path))

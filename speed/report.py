@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from imlbench.job import environment
+from imlbench.runner.provenance import environment
 from speed.case import Record
 
 LIBRARIES = ("numpy", "scikit-learn", "hmmlearn", "pomegranate", "pythae")
@@ -28,10 +28,10 @@ def facts(threads: int) -> dict[str, str]:
         "processor": f"{_processor()}, {os.cpu_count()} cores",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "threads": str(threads),
-        "system": usual["machine"],
-        "imlbench": f"{usual['version']} {usual['git_commit']}".strip(),
-        "python": usual["python"],
-        "torch": usual["torch"],
+        "system": usual.machine,
+        "imlbench": f"{usual.imlbench} {usual.git_commit}".strip(),
+        "python": usual.python,
+        "torch": usual.torch,
         **{name: _version(name) for name in LIBRARIES},
     }
 

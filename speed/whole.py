@@ -63,7 +63,7 @@ def pythae_samples(
 
     network, params = copy.deepcopy(start.autoencoder), start.params
 
-    class Encoder(BaseEncoder):  # type: ignore[misc]
+    class Encoder(BaseEncoder):
         def __init__(self) -> None:
             super().__init__()
             self.network = network
@@ -71,7 +71,7 @@ def pythae_samples(
         def forward(self, x: Tensor) -> Any:
             return ModelOutput(embedding=self.network.encode(x))
 
-    class Decoder(BaseDecoder):  # type: ignore[misc]
+    class Decoder(BaseDecoder):
         def __init__(self) -> None:
             super().__init__()
             self.network = network

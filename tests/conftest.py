@@ -11,14 +11,15 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from imlbench.registry import Registry
+from imlbench.plan.registry import Registry
 
 
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Keep every test away from the user's cache, tracking server and results."""
     monkeypatch.setenv("IMLBENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
     torch.set_num_threads(1)  # tiny networks: threads would only wait for each other
 
 

@@ -22,10 +22,10 @@ from pydantic import ValidationError
 from imlbench import DataError, Sources
 from imlbench_audio import spoken_digits
 from imlbench_audio.etude import score, synthesize
-from imlbench_audio.framing import chunked, frame, n_chunks, overlap_add
+from imlbench_audio.framing import chunked, frame, n_chunks, overlap_add, stretches
 from imlbench_audio.recordings import read_recording, resample
-from imlbench_audio.spoken_digits import SpokenDigits
-from imlbench_audio.violin import SynthViolin, Violin
+from imlbench_audio.spoken_digits import SpokenDigits, SpokenDigitsParams
+from imlbench_audio.violin import SynthViolin, SynthViolinParams, Violin, ViolinParams
 
 HERE = Sources(offline=True)
 
@@ -102,6 +102,22 @@ def test_recordings_keep_their_boundaries():
     examples = chunked([noise(2000, 1), noise(900, 2)])
     assert examples.lengths == (4, 2)
     torch.testing.assert_close(examples[4:], frame(noise(900, 2)))
+
+
+def test_groups_are_stretches_of_two_seconds_within_recordings():
+    n_seconds = [5, 0.3, 2.05]  # 99, 5 and 40 chunks
+    examples = chunked([noise(round(seconds * 8000)) for seconds in n_seconds])
+    assert examples.lengths == (99, 5, 40)
+    truth = [*[0] * 40, *[1] * 40, *[2] * 19, *[3] * 5, *[4] * 40]
+    assert examples.groups.tolist() == truth == stretches(examples.lengths).tolist()
+
+
+def test_every_chunk_has_the_labels_of_its_recording():
+    examples = chunked([noise(2000), noise(900)], {"speaker": [5, 3], "digit": [0, 9]})
+    assert {name: label.tolist() for name, label in examples.labels.items()} == {
+        "speaker": [5, 5, 5, 5, 3, 3],
+        "digit": [0, 0, 0, 0, 9, 9],
+    }
 
 
 # Reading files
@@ -226,7 +242,7 @@ def test_a_signal_that_cannot_be_used_is_refused(tmp_path, case):
 
 
 def load_violin(path: Path):
-    return Violin(Violin.Params(path=str(path))).load(HERE)
+    return Violin(ViolinParams(path=str(path))).load(HERE)
 
 
 # Violin
@@ -250,7 +266,7 @@ def test_the_violin_is_cut_in_time(tmp_path):
 
 def test_the_real_violin(data_dir):
     sources = Sources(data_dir, offline=True)
-    splits = Violin(Violin.Params()).load(sources)
+    splits = Violin(ViolinParams()).load(sources)
     assert [part.lengths for part in (splits.train, splits.valid, splits.test)] == [
         (2293,),
         (286,),
@@ -268,7 +284,7 @@ def test_the_first_audio_file_of_the_folder_is_taken(tmp_path):
     (folder / "a.txt").touch()
     soundfile.write(folder / "c.wav", tone(300, 12), 8000)
     soundfile.write(folder / "B.WAV", tone(600, 12), 8000)
-    splits = Violin(Violin.Params()).load(Sources(tmp_path))
+    splits = Violin(ViolinParams()).load(Sources(tmp_path))
     assert dominant(overlap_add(splits.train[:]).numpy()) == pytest.approx(600, abs=1)
 
 
@@ -278,7 +294,7 @@ def test_without_a_recording_the_remedy_is_named(tmp_path, monkeypatch, exists):
     if exists:
         (tmp_path / "violin").mkdir()
     with pytest.raises(DataError, match=r"nothing to download: put .* violin\.path.*synth-violin"):
-        Violin(Violin.Params()).load(Sources(tmp_path))
+        Violin(ViolinParams()).load(Sources(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["no.wav", "."])
@@ -292,7 +308,7 @@ def test_a_path_without_a_file_is_named(tmp_path, name):
 
 def test_the_synthetic_violin_is_deterministic_and_leaves_global_states_alone():
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    dataset = SynthViolin(SynthViolin.Params(seconds=20))
+    dataset = SynthViolin(SynthViolinParams(seconds=20))
     first, second = dataset.load(HERE), dataset.load(HERE)
     assert first.fingerprint == second.fingerprint
     assert [part.lengths for part in (first.train, first.valid, first.test)] == [
@@ -327,7 +343,7 @@ def test_the_synthetic_violin_is_no_silence_and_not_clipped():
 
 @pytest.fixture(scope="module")
 def all_digits(data_dir):
-    return SpokenDigits(SpokenDigits.Params()).load(Sources(data_dir, offline=True))
+    return SpokenDigits(SpokenDigitsParams()).load(Sources(data_dir, offline=True))
 
 
 def test_the_official_split(data_dir, all_digits):
@@ -349,6 +365,23 @@ def test_the_official_split(data_dir, all_digits):
             found[400:end][: len(truth) - 400], (truth / truth.std())[400:end], atol=1e-5
         )
         start += length
+
+
+def test_labels_are_those_of_the_file_names(data_dir, all_digits):
+    names = [path.stem for path in (data_dir / "spoken-digits/recordings").glob("*_[0-4].wav")]
+    parts = sorted((int(i), speaker, int(digit)) for digit, speaker, i in map(_split_name, names))
+    speakers = ["george", "jackson", "lucas", "nicolas", "theo", "yweweler"]
+    test = all_digits.test
+    assert sorted({speaker for _, speaker, _ in parts}) == speakers
+    truth = [[speakers.index(speaker), digit] for _, speaker, digit in parts]
+    found = torch.stack([test.labels["speaker"], test.labels["digit"]], dim=1)
+    starts = np.cumsum([0, *test.lengths[:-1]])
+    assert found[starts].tolist() == truth
+    assert torch.equal(found, found[starts].repeat_interleave(torch.tensor(test.lengths), dim=0))
+
+
+def _split_name(name: str) -> list[str]:
+    return name.split("_")
 
 
 def test_the_splits_share_no_recording(data_dir, all_digits):
@@ -377,7 +410,11 @@ def test_digits_and_speakers_can_be_chosen(data_dir):
 
 
 def load_digits(folder: Path, **params):
-    return SpokenDigits(SpokenDigits.Params(**params)).load(Sources(folder, offline=True))
+    return SpokenDigits(SpokenDigitsParams(**params)).load(Sources(folder, offline=True))
+
+
+FREQUENCIES = ((300, 600), (900, 1200))
+"""In Hz, of the made-up recordings: by digit and by speaker."""
 
 
 @pytest.fixture
@@ -391,7 +428,7 @@ def some_digits(tmp_path, monkeypatch):
             for index in range(8):
                 seconds = 0.2 + 0.05 * digit + 0.03 * i + 0.01 * index
                 path = folder / f"{digit}_{speaker}_{index}.wav"
-                soundfile.write(path, tone(300, seconds), 8000)
+                soundfile.write(path, tone(FREQUENCIES[digit][i], seconds), 8000)
     return tmp_path / "data"
 
 
@@ -401,6 +438,24 @@ def test_any_part_of_the_recordings_will_do(some_digits):
     assert [len(part.lengths) for part in (splits.train, splits.valid, splits.test)] == [11, 1, 20]
     assert load_digits(some_digits).fingerprint == splits.fingerprint
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_labels_follow_the_recordings_into_every_split(some_digits):
+    splits = load_digits(some_digits)
+    for part in (splits.train, splits.valid, splits.test):
+        labels = torch.stack([part.labels["digit"], part.labels["speaker"]], dim=1)
+        for chunks, label in zip(
+            part[:].split(part.lengths), labels.split(part.lengths), strict=True
+        ):
+            digit, speaker = label[0].tolist()
+            assert (label == label[0]).all()
+            heard = dominant(overlap_add(chunks).numpy())
+            assert heard == pytest.approx(FREQUENCIES[digit][speaker], abs=10)
+
+
+def test_a_speaker_has_the_same_number_whoever_else_is_chosen(some_digits):
+    splits = load_digits(some_digits, speakers=["theo"])
+    assert set(splits.test.labels["speaker"].tolist()) == {1}  # after jackson
 
 
 @pytest.mark.parametrize(
@@ -421,7 +476,7 @@ def test_a_digit_or_speaker_that_does_not_exist(some_digits, params, message):
 )
 def test_parameters_are_validated_before_anything_is_read(params):
     with pytest.raises(ValidationError):
-        SpokenDigits.Params(**params)
+        SpokenDigitsParams(**params)
 
 
 def test_a_bad_recording_is_named(some_digits):
@@ -496,7 +551,7 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 def test_digits_are_downloaded_into_the_cache_once(release, some_digits):
-    dataset = SpokenDigits(SpokenDigits.Params())
+    dataset = SpokenDigits(SpokenDigitsParams())
     first = dataset.load(Sources())
     release.unlink()
     assert first.fingerprint == dataset.load(HERE).fingerprint
@@ -520,7 +575,7 @@ def test_a_failed_download_is_one_clear_message(release, monkeypatch, how, reaso
         release.write_bytes(content[: len(content) // 2] if how == "cut" else b"<html>" * 100)
     message = rf"recordings not found; .*Download failed \(.*{reason}.*Unpack .* --data-dir"
     with pytest.raises(DataError, match=message):
-        SpokenDigits(SpokenDigits.Params()).load(Sources())
+        SpokenDigits(SpokenDigitsParams()).load(Sources())
     assert Sources().find("spoken-digits/recordings") is None
 
 

@@ -11,12 +11,6 @@ import pytest
 import scipy.signal
 import soundfile
 import torch
-from matplotlib.image import imread
-from scipy.spatial.distance import cdist
-from scipy.special import logsumexp
-
-from imlbench import Evaluation, Examples, Splits
-from imlbench_audio.framing import chunked, frame, overlap_add
 from imlbench_audio.metrics import (
     BAND_EDGES,
     LogSpectralDistance,
@@ -28,6 +22,12 @@ from imlbench_audio.metrics import (
     mean_of_chunks,
     shuffled,
 )
+from matplotlib.image import imread
+from scipy.spatial.distance import cdist
+from scipy.special import logsumexp
+
+from imlbench import Evaluation, Examples, Splits
+from imlbench_audio.framing import chunked, frame, overlap_add
 from imlbench_audio.violin import SynthViolin
 
 

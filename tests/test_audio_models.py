@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +12,10 @@ import torch
 from hmmlearn.hmm import GaussianHMM as Library
 from torch import Generator
 
-from imlbench import Examples, ParameterError, Space
-from imlbench.testing import SPACES, check_model, make_splits
-from imlbench_iml.autoencoders import ChunkAutoencoder
-from imlbench_iml.models import IMLGMM
+from imlbench import BaseLogProb, BaseLogProbSequence, Examples, ParameterError, Space
+from imlbench.testing import SPACES, CheckContext, check_model, make_splits
+from imlbench_iml.autoencoders import ChunkAutoencoder, IMLParams
+from imlbench_iml.models import IMLGMM, Latents
 from imlbench_iml.recurrent import RecurrentMixture, Stretches
 from imlbench_iml.sequences import IMLHMM, IMLRNN
 from imlbench_vae.vae import VAE
@@ -29,23 +28,14 @@ def seeded(seed: int = 0) -> Generator:
     return Generator().manual_seed(seed)
 
 
-class Context(SimpleNamespace):
-    """As much of a :class:`FitContext` as models use."""
-
-    def generator(self, purpose, device=None):
-        return seeded()
-
-    def report(self, *position, **values):
-        assert all(np.isfinite(value) for value in values.values())
-
-    def fit_once(self, stage, module, settings, fit):
-        fit()
+def make(cls, space: Space = CHUNKS, **params):
+    return cls(cls.resolve(cls.params_type(**params), space), space)
 
 
 def fitted(cls, splits, **params):
     torch.manual_seed(0)
-    model = cls(cls.resolve(cls.Params(**params), CHUNKS), CHUNKS)
-    model.fit(splits.train, splits.valid, Context())
+    model = make(cls, **params)
+    model.fit(splits.train, splits.valid, CheckContext())
     return model.eval().requires_grad_(False)
 
 
@@ -104,10 +94,10 @@ def test_the_hmm_is_fitted_to_recordings_and_the_rnn_to_one_stream(
 ):
     splits = make_splits(CHUNKS, 60)
     seen = {}
-    model = cls(cls.resolve(cls.Params(**QUICK, **params), CHUNKS), CHUNKS)
+    model = make(cls, **QUICK, **params)
     fit = model.density.fit
     model.density.fit = lambda h, **arguments: (seen.update(arguments), fit(h, **arguments))
-    model.fit(splits.train, splits.valid, Context())
+    model.fit(splits.train, splits.valid, CheckContext())
     assert (seen["lengths"], seen["valid_lengths"]) == (lengths, valid_lengths)
     x = splits.test[:]
     expected = model.density.log_prob(model.encode(x), (15, 15))
@@ -121,10 +111,10 @@ def test_one_latent_dimension_is_enough_for_the_hmm():
 
 
 def test_a_diverged_encoder_is_told_by_the_density():
-    model = IMLHMM(IMLHMM.resolve(IMLHMM.Params(**QUICK, n_states=2), CHUNKS), CHUNKS)
-    h = torch.full((9, 3), torch.nan)
+    model = make(IMLHMM, **QUICK, n_states=2)
+    latents = Latents(torch.full((9, 3), torch.nan), (9,))
     with pytest.raises(ValueError, match="must be finite"):
-        model.fit_density(h, valid=h, lengths=(9,), valid_lengths=(9,), generator=seeded())
+        model.fit_density(latents, latents, CheckContext())
 
 
 def test_the_hmms_latents_are_uncorrelated_and_decode_as_before():
@@ -135,7 +125,7 @@ def test_the_hmms_latents_are_uncorrelated_and_decode_as_before():
     correlation = h.T.corrcoef()
     # Axes of float32: 3 latents whose variances differ by less than three orders of magnitude.
     torch.testing.assert_close(correlation, torch.eye(3).double(), rtol=0, atol=1e-3)
-    again = model.autoencoder(x)
+    again = model.autoencoder.decode(model.autoencoder.encode(x))
     torch.testing.assert_close(model.decode(model.encode(x)), again, rtol=0, atol=1e-5)
 
 
@@ -150,11 +140,10 @@ def test_exchangeable_models_give_chunks_the_same_density_in_any_order():
 
 
 def test_a_model_of_time_has_no_density_of_a_single_chunk():
-    model = IMLHMM(IMLHMM.resolve(IMLHMM.Params(**QUICK, n_states=2), CHUNKS), CHUNKS)
-    assert not model.can("base_log_prob")
-    assert model.can("base_log_prob_sequence")
-    vector = Space("vector", (2,))
-    assert not IMLGMM(IMLGMM.resolve(IMLGMM.Params(), vector), vector).can("base_log_prob_sequence")
+    model = make(IMLHMM, **QUICK, n_states=2)
+    assert not model.can(BaseLogProb)
+    assert model.can(BaseLogProbSequence)
+    assert not make(IMLGMM, Space("vector", (2,))).can(BaseLogProbSequence)
 
 
 def test_fewer_chunks_than_states_are_refused_before_training():
@@ -164,14 +153,14 @@ def test_fewer_chunks_than_states_are_refused_before_training():
 
 
 def test_the_papers_sizes():
-    params = IMLHMM.resolve(IMLHMM.Params(), CHUNKS)
+    params = IMLHMM.resolve(IMLHMM.params_type(), CHUNKS)
     assert (params.latent_dim, params.n_states) == (80, 300)
-    network = ChunkAutoencoder(80, CHUNKS, width=128, filter_length=200)
-    layers = [m for m in network.encode if isinstance(m, torch.nn.Conv1d)]
+    network = ChunkAutoencoder(IMLParams(latent_dim=80, width=128, filter_length=200), CHUNKS)
+    layers = [m for m in network.encoder if isinstance(m, torch.nn.Conv1d)]
     assert [tuple(m.weight.shape) for m in layers] == [(64, 1, 200), (128, 64, 200), (80, 128, 200)]
     sizes = []
     x = torch.zeros(1, 800)
-    for module in (*network.encode, *network.decode):
+    for module in (*network.encoder, *network.decoder):
         x = module(x)
         sizes.append(x.shape[-1])
     assert sizes == [800, 400, 400, 200, 200, 1, 80, 1, 200, 200, 400, 400, 800, 800, 800]
@@ -266,14 +255,6 @@ def test_stretches_are_inside_their_recordings():
         assert torch.equal(found.diff(), torch.ones(len(found) - 1, dtype=torch.long))
         assert len(found) == min(10, lengths[recording[found[0]]])
     assert set(rows[inside].tolist()) == set(range(54))
-
-
-def test_width_and_filters_change_the_networks_only_where_there_are_chunks():
-    image = Space("image", (1, 28, 28), (0.0, 1.0))
-    assert IMLGMM.resolve(IMLGMM.Params(), image).width == 128
-    assert IMLGMM.resolve(IMLGMM.Params(), CHUNKS).width == 16
-    with pytest.raises(ParameterError, match="noise must be 0"):
-        IMLGMM.resolve(IMLGMM.Params(noise=1.0), CHUNKS)
 
 
 def test_the_autoencoder_learns():

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from imlbench.config import make_benchmark
+from imlbench.job import run_job
+from imlbench.registry import Registry
+from imlbench.store import JobFolder, Store
 from safetensors.torch import load_file
 
 from imlbench import Sources
-from imlbench.config import make_benchmark
-from imlbench.job import run_job
 from imlbench.plan import identify_data, make_plan
-from imlbench.registry import Registry
-from imlbench.store import JobFolder, Store
 
 
 def run(
@@ -29,10 +29,10 @@ def run(
     for job in plan.jobs:
         run_job(
             job,
-            store.folder(job.id),
+            store,
             registry,
             metrics=plan.metrics,
-            stages=store.stages,
+            artifacts=plan.artifacts,
             sources=sources,
             device=torch.device("cpu"),
         )
@@ -40,7 +40,9 @@ def run(
 
 
 def value(folder: JobFolder, metric: str) -> float:
-    return folder.scores()[metric]["value"]
+    score = folder.read().score(metric, "5x1000")
+    assert score is not None
+    return score.value
 
 
 def test_a_mixture_base_reaches_the_true_likelihood_and_one_gaussian_does_not(registry, tmp_path):
@@ -50,7 +52,7 @@ def test_a_mixture_base_reaches_the_true_likelihood_and_one_gaussian_does_not(re
     assert value(folders["iml-gaussian"], "log_likelihood_gap") > 0.5
     assert value(folders["iml-gmm"], "modes_covered") == pytest.approx(2, abs=0.01)
     for folder in folders.values():
-        assert (folder.path / "figures" / "plane.png").stat().st_size > 10_000
+        assert (folder.artifact("plane", "5x1000") / "plane.png").stat().st_size > 10_000
 
 
 def test_recordings_in_order_beat_their_chunks_in_any_order(registry, tmp_path):
@@ -60,7 +62,7 @@ def test_recordings_in_order_beat_their_chunks_in_any_order(registry, tmp_path):
         value(folders[f"reference-{what}"], "kde_pairs") for what in ("recordings", "train")
     )
     assert in_order > shuffled + 5
-    chunks = load_file(folders["reference-recordings"].path / "samples.safetensors")["samples"][0]
+    chunks = load_file(folders["reference-recordings"].samples("5x1000"))["samples"][0]
     # Halves that overlap are the same signal s, once s w[400:] and once s w[:400].
     rising, falling = torch.hann_window(800).split(400)
     torch.testing.assert_close(chunks[:-1, 400:] * rising, chunks[1:, :400] * falling)
@@ -91,7 +93,7 @@ def test_models_train_a_few_steps_on_real_faces(registry, tmp_path, data_dir, mo
         metrics=["kde_paper"],
     )  # fmt: skip
     assert value(folders[model], "kde_paper") < 0  # far from the data, but finite
-    assert (folders[model].path / "figures" / "nearest.png").exists()
+    assert (folders[model].artifact("nearest", "5x1000") / "nearest.png").exists()
 
 
 @pytest.mark.slow

@@ -16,10 +16,11 @@ import torch
 import torchvision
 from PIL import Image
 from pydantic import ValidationError
+from torchvision.datasets import utils
 
 from imlbench import DataError, Sources, Splits
 from imlbench_images import celeba
-from imlbench_images.celeba import CelebA
+from imlbench_images.celeba import CelebA, CelebAParams
 from imlbench_images.faces import FaceCrop, NoFace
 
 N_IMAGES = 12
@@ -51,7 +52,7 @@ def write_partition(root: Path, splits: list[int]) -> None:
 
 
 def load(root: Path, **params: object) -> Splits:
-    return CelebA(CelebA.Params(**params)).load(Sources(root, offline=True))
+    return CelebA(CelebAParams(**params)).load(Sources(root, offline=True))
 
 
 def image(root: Path, number: int) -> Path:
@@ -94,7 +95,7 @@ def test_black_and_white_are_the_ends_of_the_range(root):
 
 @pytest.mark.parametrize("params", [{"size": 16}, {"crop_size": 178, "size": 32}])
 def test_other_sizes(root, params):
-    dataset = CelebA(CelebA.Params(**params))
+    dataset = CelebA(CelebAParams(**params))
     splits = dataset.load(Sources(root))
     assert splits.test[:].shape == (2, *dataset.space.event_shape)
     assert dataset.space.event_shape == (3, params["size"], params["size"])
@@ -105,7 +106,7 @@ def test_other_sizes(root, params):
 )
 def test_impossible_parameters_are_refused(params):
     with pytest.raises(ValidationError):
-        CelebA.Params(**params)
+        CelebAParams(**params)
 
 
 def test_the_second_start_decodes_nothing(root, monkeypatch, capsys):
@@ -282,12 +283,12 @@ def test_download_takes_the_images_and_the_partition(root, monkeypatch):
         (root / celeba.IMAGES).rename(Path(folder) / "img_align_celeba")
 
     truth = load(root).fingerprint
-    monkeypatch.setattr(celeba, "download_file_from_google_drive", fetch)
-    monkeypatch.setattr(celeba, "extract_archive", extract)
+    monkeypatch.setattr(utils, "download_file_from_google_drive", fetch)
+    monkeypatch.setattr(utils, "extract_archive", extract)
     sources = Sources()
     sources.cache_dir.mkdir(exist_ok=True)
-    assert CelebA(CelebA.Params()).load(sources).fingerprint == truth
-    assert CelebA(CelebA.Params()).load(Sources(offline=True)).fingerprint == truth
+    assert CelebA(CelebAParams()).load(sources).fingerprint == truth
+    assert CelebA(CelebAParams()).load(Sources(offline=True)).fingerprint == truth
     assert sorted(fetched) == ["img_align_celeba.zip", celeba.PARTITION]
 
 
@@ -295,9 +296,9 @@ def test_a_failed_download_is_one_clear_message(monkeypatch):
     def fail(*arguments: str) -> None:
         raise RuntimeError("no route\nto host")
 
-    monkeypatch.setattr(celeba, "download_file_from_google_drive", fail)
+    monkeypatch.setattr(utils, "download_file_from_google_drive", fail)
     with pytest.raises(DataError, match=r"Download failed \(no route to host\)\. Download img_al"):
-        CelebA(CelebA.Params()).load(Sources())
+        CelebA(CelebAParams()).load(Sources())
 
 
 @pytest.mark.parametrize("cv2", [None, torch], ids=["absent", "without the detector"])
@@ -359,12 +360,12 @@ MEASURE = r"""
 import re, sys
 from pathlib import Path
 from imlbench import Sources
-from imlbench_images.celeba import CelebA
+from imlbench_images.celeba import CelebA, CelebAParams
 
 # Not getrusage's ru_maxrss: across exec it keeps the peak of the process that started this one.
 peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 before = peak()
-splits = CelebA(CelebA.Params()).load(Sources(Path(sys.argv[1]), offline=True))
+splits = CelebA(CelebAParams()).load(Sources(Path(sys.argv[1]), offline=True))
 print(before, peak(), sum(map(len, (splits.train, splits.valid, splits.test))))
 """
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from imlbench import UserError
-from imlbench.config import make_benchmark
-from imlbench.plan import make_plan
+from imlbench import Sources, UserError
+from imlbench.plan.config import make_benchmark
+from imlbench.plan.jobs import identify_data, make_plan
 
 TOML = """
 [defaults]
@@ -62,10 +62,14 @@ def test_the_command_line_wins(registry, path):
 def test_job_ids_depend_on_everything_that_matters_and_nothing_else(registry):
     def ids(*settings: str, seeds: str = "0") -> list[str]:
         given = {"models": ["vae"], "datasets": ["digits"], "settings": settings, "seeds": seeds}
-        return [job.id for job in plan_of(registry, None, None, **given).jobs]
+        plan = identify_data(plan_of(registry, None, None, **given), registry, Sources())
+        return [job.id for job in plan.jobs]
 
     assert ids() == ids("latent_dim=20")  # the default, written out
+    assert ids() == ids("width=7")  # does not apply to small images
+    assert ids() == ids("digits.valid_size=200")  # the same data
     assert len({*ids(), *ids("latent_dim=21"), *ids(seeds="1"), *ids("digits.valid_size=100")}) == 4
+    assert len(ids("digits.valid_size=100,200")) == 2
 
 
 @pytest.mark.parametrize("address", ['"vae." = 1', '".epochs" = 1'])
@@ -122,7 +126,10 @@ def test_an_unreadable_file_is_one_message(registry, tmp_path, content, message)
         ({"metrics": ["kdf"]}, ["unknown metric 'kdf'. Did you mean 'kde'?"]),
         ({"settings": ["latent_dims=3"]}, ["unknown parameter 'latent_dims'", "'latent_dim'"]),
         ({"settings": ["vea.latent_dim=3"]}, ["unknown plugin 'vea'. Did you mean 'vae'?"]),
-        ({"settings": ["iml-gmm.epochs=3"]}, ["'iml-gmm' must be one of the models"]),
+        (
+            {"settings": ["iml-gmm.epochs=3"]},
+            ["'iml-gmm' must be one of the plugins to run; got none of vae, digits,"],
+        ),
         ({"settings": ["latent_dim=x"]}, ["--set latent_dim=x: vae.latent_dim must be", "'x'"]),
         ({"settings": ["latent_dim=0"]}, ["must be greater than or equal to 1; got 0"]),
         ({"settings": ["latent_dim"]}, ["must be parameter=value"]),

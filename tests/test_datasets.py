@@ -17,8 +17,8 @@ from sklearn.datasets import load_digits
 
 from imlbench import DataError, Examples, Sources
 from imlbench_images import mnist
-from imlbench_images.digits import Digits
-from imlbench_images.mnist import MNIST
+from imlbench_images.digits import Digits, DigitsParams
+from imlbench_images.mnist import MNIST, MNISTParams
 
 
 def test_examples_decode_what_is_stored():
@@ -59,35 +59,67 @@ def test_the_digest_depends_on_the_decoded_content():
 
 
 def test_digits_are_scikit_learns_split_without_overlap():
-    splits = Digits(Digits.Params()).load(Sources())
+    splits = Digits(DigitsParams()).load(Sources())
     parts = [part[:].flatten(1) for part in (splits.train, splits.valid, splits.test)]
     assert [len(part) for part in parts] == [1300, 200, 297]
     together = np.sort(torch.cat(parts).mul(16).numpy(), axis=0)
     np.testing.assert_array_equal(together, np.sort(load_digits().data, axis=0))
 
 
+def test_digits_have_scikit_learns_labels():
+    bundle = load_digits()
+    truth = sorted(zip(bundle.data.astype(int).tolist(), bundle.target.tolist(), strict=True))
+    splits = Digits(DigitsParams()).load(Sources())
+    found = [
+        (pixels, digit)
+        for part in (splits.train, splits.valid, splits.test)
+        for pixels, digit in zip(
+            part.stored.flatten(1).tolist(), part.labels["digit"].tolist(), strict=True
+        )
+    ]
+    assert sorted(found) == truth
+
+
 def test_too_many_held_out_is_one_clear_message():
     with pytest.raises(DataError, match=r"digits: the examples to hold out must be fewer"):
-        Digits(Digits.Params(valid_size=1500)).load(Sources())
+        Digits(DigitsParams(valid_size=1500)).load(Sources())
 
 
 def test_mnist_is_the_standard_set(data_dir):
-    splits = MNIST(MNIST.Params()).load(Sources(data_dir, offline=True))
+    splits = MNIST(MNISTParams()).load(Sources(data_dir, offline=True))
     assert [len(part) for part in (splits.train, splits.valid, splits.test)] == [55000, 5000, 10000]
     truth = np.fromfile(data_dir / "MNIST/raw/t10k-images-idx3-ubyte", np.uint8)[16:]
     np.testing.assert_allclose(splits.test[:].numpy().ravel(), truth / np.float32(255), atol=1e-6)
     assert splits.train[:100].shape == (100, 1, 28, 28)
 
 
+def test_mnist_has_the_labels_of_the_original_files(data_dir):
+    splits = MNIST(MNISTParams()).load(Sources(data_dir, offline=True))
+    raw = data_dir / "MNIST/raw"
+    truth = np.fromfile(raw / "t10k-labels-idx1-ubyte", np.uint8)[8:]
+    np.testing.assert_array_equal(splits.test.labels["digit"].numpy(), truth)
+    images = np.fromfile(raw / "train-images-idx3-ubyte", np.uint8)[16:].reshape(60_000, 784)
+    digits = np.fromfile(raw / "train-labels-idx1-ubyte", np.uint8)[8:]
+    known = {image.tobytes(): digit for image, digit in zip(images, digits, strict=True)}
+    assert len(known) == 60_000  # no image is there twice
+    for part in (splits.train, splits.valid):
+        found = [known.pop(image.tobytes()) for image in part.stored.numpy()]
+        np.testing.assert_array_equal(part.labels["digit"].numpy(), found)
+    assert not known
+
+
 def test_mnist_can_be_reduced_to_some_classes(data_dir):
-    splits = MNIST(MNIST.Params(classes=[0, 1])).load(Sources(data_dir, offline=True))
+    splits = MNIST(MNISTParams(classes=[0, 1])).load(Sources(data_dir, offline=True))
     assert len(splits.test) == 980 + 1135  # zeros and ones of the standard test set
+    for part in (splits.train, splits.valid, splits.test):
+        assert set(part.labels["digit"].tolist()) == {0, 1}
+    assert splits.test.labels["digit"].sum() == 1135
 
 
 def test_missing_data_offline_say_where_was_looked(tmp_path, monkeypatch):
     monkeypatch.setenv("IMLBENCH_DATA", str(tmp_path / "elsewhere"))
     with pytest.raises(DataError) as caught:
-        MNIST(MNIST.Params()).load(Sources(tmp_path / "here", offline=True))
+        MNIST(MNISTParams()).load(Sources(tmp_path / "here", offline=True))
     message = caught.value.messages[0]
     for part in ("MNIST/raw not found", "here", "elsewhere", "--offline", "--data-dir"):
         assert part in message
@@ -104,7 +136,7 @@ def test_damaged_files_are_named(data_dir, tmp_path, damage):
     else:
         file.write_bytes(content[:-1] if damage == "truncate" else content[:-1] + b"\xff")
     with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte must .*; got .*--data-dir"):
-        MNIST(MNIST.Params()).load(Sources(tmp_path, offline=True))
+        MNIST(MNISTParams()).load(Sources(tmp_path, offline=True))
 
 
 @pytest.fixture
@@ -142,7 +174,7 @@ def _md5(content: bytes) -> str:
 
 
 def test_mnist_is_downloaded_into_the_cache_once(mirror, data_dir):
-    dataset, sources = MNIST(MNIST.Params()), Sources()
+    dataset, sources = MNIST(MNISTParams()), Sources()
     first = dataset.load(sources)
     shutil.rmtree(mirror)
     second = dataset.load(Sources(offline=True))
@@ -154,4 +186,4 @@ def test_a_failed_download_is_one_clear_message(mirror: Path):
     for file in mirror.iterdir():
         file.unlink()
     with pytest.raises(DataError, match=r"MNIST/raw not found; .*Download failed .*--data-dir"):
-        MNIST(MNIST.Params()).load(Sources())
+        MNIST(MNISTParams()).load(Sources())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from imlbench import Sources, Splits
+from imlbench.records.folder import JobFolder, read_tensors
+from imlbench_images.digits import Digits, DigitsParams
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "independent-pixels"
@@ -29,26 +32,60 @@ def site(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_example_runs_and_its_likelihood_is_exact(site, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    command = [sys.executable, "-m", "imlbench"]
+@pytest.fixture(scope="module")
+def job(site, tmp_path_factory) -> JobFolder:
+    """The folder of the one job that the example's author runs."""
+    folder = tmp_path_factory.mktemp("work")
+    command = [sys.executable, "-m", "imlbench", "run", "--models", "baseline"]
+    subprocess.run(
+        [*command, "--datasets", "digits"], env=environment(site), cwd=folder, check=True
+    )
+    (found,) = (folder / "results" / "runs").iterdir()
+    return JobFolder(found)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Splits:
+    return Digits(DigitsParams()).load(Sources())
+
+
+def environment(site: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(site)}
+
+
+def test_the_example_is_listed(site):
     listed = subprocess.run(
-        [*command, "plugins"], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "imlbench", "plugins"],
+        env=environment(site),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "imlbench-independent-pixels 1.0: ok" in listed.stdout
-    arguments = ["run", "--models", "baseline", "--datasets", "digits"]
-    subprocess.run([*command, *arguments], env=environment, cwd=tmp_path, check=True)
-    (job,) = (tmp_path / "results" / "runs").iterdir()
-    found = json.loads((job / "metrics.json").read_text())["scores"]["log_likelihood"]
 
-    from imlbench import Sources
-    from imlbench_images.digits import Digits
 
-    splits = Digits(Digits.Params()).load(Sources())
-    train, test = splits.train[:].double(), splits.test[:].double()
+def test_its_likelihood_is_exact(job, digits):
+    train, test = digits.train[:].double(), digits.test[:].double()
     normal = torch.distributions.Normal(train.mean(0), train.std(0).clamp_min(1e-3))
     truth = normal.log_prob(test).flatten(1).sum(1).mean().item()
-    assert found["value"] == pytest.approx(truth, rel=1e-3)
+    assert value_of(job, "log_likelihood") == pytest.approx(truth, rel=1e-3)
+
+
+def test_its_metric_and_its_artifact_are_those_of_its_samples(job, digits):
+    (path,) = (job.path / "samples").iterdir()
+    mean = read_tensors(path)["samples"].double().mean((0, 1))
+    error = (mean - digits.test[:].double().mean(0)).square().mean().sqrt().item()
+    assert value_of(job, "mean_error") == pytest.approx(error, rel=1e-4)
+    (table,) = (job.path / "artifacts").rglob("mean.csv")
+    written = [float(line) for line in table.read_text().splitlines()]
+    assert written == pytest.approx(mean.flatten().tolist(), abs=1e-5)
+
+
+def value_of(job: JobFolder, label: str) -> float:
+    record = job.read()
+    assert record is not None
+    (value,) = [score.value for score in record.scores if score.label == label]
+    return value
 
 
 def test_the_documentation_shows_the_example_as_it_is():

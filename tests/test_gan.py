@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from imlbench import Diverged, Examples, Space
-from imlbench.job import JobContext, seeded
-from imlbench.plan import Job
+from imlbench.runner.seeding import seeded
+from imlbench.testing import CheckContext
 from imlbench_gan import imlbench_models
 from imlbench_gan.gan import GAN, WGAN, gradient_penalty
 
@@ -25,20 +25,19 @@ def _one_thread(_isolated):
 
 def make(model, space: Space, seed: int = 0, **params):
     with seeded(seed):
-        return model(model.resolve(model.Params(**SMALL | params), space), space)
+        return model(model.resolve(model.params_type(**SMALL | params), space), space)
 
 
-def fit(model, data: torch.Tensor, tmp_path, seed: int = 0) -> list[dict]:
+def fit(model, data: torch.Tensor, seed: int = 0) -> list[dict]:
     """Fit the model; return the values that it reported, one record for each epoch."""
-    job = Job(model.name, "random", {}, {}, seed, 1, 1, ("", ""))
-    context = JobContext(job, torch.device("cpu"), tmp_path, lambda event: None)
+    context = CheckContext(seed)
     try:
         model.train().fit(Examples(data), Examples(data), context)
     finally:
         model.eval()
     epochs: dict[int, dict[str, float]] = {}
     for record in context.history:
-        epochs.setdefault(record["step"], {}).update(record["values"])
+        epochs.setdefault(record.step, {}).update(record.values)
     return list(epochs.values())
 
 
@@ -64,12 +63,12 @@ def test_the_hook_names_both():
 
 @pytest.mark.parametrize("model", [GAN, WGAN])
 @pytest.mark.parametrize("space", [VECTOR, DIGITS])
-def test_samples_have_the_data_s_shape_and_range_and_are_reproducible(model, space, tmp_path):
+def test_samples_have_the_data_s_shape_and_range_and_are_reproducible(model, space):
     data, samples = random_data(space), []
     for seed in (0, 0, 1):
         fitted = make(model, space, seed, epochs=1)
         state = torch.get_rng_state()
-        fit(fitted, data, tmp_path, seed)
+        fit(fitted, data, seed)
         samples.append(draw(fitted, 2100))
         assert torch.equal(torch.get_rng_state(), state)
     assert samples[0].shape == (2100, *space.event_shape)
@@ -90,10 +89,10 @@ def test_samples_have_the_data_s_shape_and_range_and_are_reproducible(model, spa
     ("model", "params"),
     [(GAN, {}), (WGAN, {"n_critic": 1}), (WGAN, {"n_critic": 1, "gradient_penalty": 10.0})],
 )
-def test_the_convolutional_version_trains(model, params, tmp_path):
+def test_the_convolutional_version_trains(model, params):
     fitted = make(model, PICTURES, epochs=1, **params)
     before = {name: value.clone() for name, value in fitted.state_dict().items()}
-    (values,) = fit(fitted, random_data(PICTURES, n=2), tmp_path)  # two steps of one example
+    (values,) = fit(fitted, random_data(PICTURES, n=2))  # two steps of one example
     changed = {
         name.split(".")[0] for name, v in fitted.state_dict().items() if (v != before[name]).any()
     }
@@ -112,26 +111,26 @@ def test_the_convolutional_version_trains(model, params, tmp_path):
 
 
 @pytest.mark.parametrize("space", [VECTOR, PICTURES])
-def test_the_weights_of_the_critic_stay_within_the_clip(space, tmp_path):
+def test_the_weights_of_the_critic_stay_within_the_clip(space):
     n = 500 if space is VECTOR else 4
     model = make(WGAN, space, clip=0.007, epochs=1, learning_rate=1e-3, batch_size=2)
     assert max(p.abs().max() for p in model.discriminator.parameters()) > 0.007
-    fit(model, random_data(space, n), tmp_path)
+    fit(model, random_data(space, n))
     largest = [p.abs().max().item() for p in model.discriminator.parameters()]
     assert max(largest) == pytest.approx(0.007)
     assert max(p.abs().max() for p in model.generator.parameters()) > 0.007
 
 
-def test_the_generator_has_one_step_for_n_critic_of_the_critic(tmp_path, monkeypatch):
+def test_the_generator_has_one_step_for_n_critic_of_the_critic(monkeypatch):
     calls = []
     monkeypatch.setattr(WGAN, "_step_generator", lambda self, n, *_: calls.append(n))
-    fit(make(WGAN, VECTOR, epochs=2, batch_size=10, n_critic=7), random_data(VECTOR, 500), tmp_path)
+    fit(make(WGAN, VECTOR, epochs=2, batch_size=10, n_critic=7), random_data(VECTOR, 500))
     assert calls == [10] * (100 // 7)
 
 
-def test_epochs_follow_from_the_number_of_steps(tmp_path):
+def test_epochs_follow_from_the_number_of_steps():
     data = random_data(VECTOR, 500)  # 50 steps an epoch
-    assert len(fit(make(GAN, VECTOR, n_steps=101, batch_size=10), data, tmp_path)) == 3
+    assert len(fit(make(GAN, VECTOR, n_steps=101, batch_size=10), data)) == 3
 
 
 def test_gradient_penalty_of_a_linear_critic_is_the_closed_form():
@@ -173,20 +172,20 @@ def test_the_optimiser_of_wgan_is_that_of_its_papers(space, params, rate, optimi
     assert made.param_groups[0]["lr"] == model.params.learning_rate == rate
 
 
-def test_gan_learns_the_mean_of_a_gaussian(tmp_path):
+def test_gan_learns_the_mean_of_a_gaussian():
     space = Space("vector", (2,), (0.0, 1.0))
     data = normal(2000, [0.25, 0.7], [[0.05, 0.0], [0.0, 0.05]])
     model = make(GAN, space, hidden_dim=32, n_steps=1500, learning_rate=1e-3)
     assert (draw(model, 2000).mean(dim=0) - data.mean(dim=0)).abs().min() > 0.1
-    fit(model, data, tmp_path)
+    fit(model, data)
     torch.testing.assert_close(draw(model, 2000).mean(dim=0), data.mean(dim=0), rtol=0, atol=0.05)
 
 
-def test_data_without_bounds_may_have_any_scale(tmp_path):
+def test_data_without_bounds_may_have_any_scale():
     mean = [-3000.0, 5e-4]
     data = normal(2000, mean, [[400.0, 0.0], [8e-5, 6e-5]])  # correlation 0.8
     model = make(GAN, VECTOR, hidden_dim=32, n_steps=2000, learning_rate=1e-3)
-    values = fit(model, data, tmp_path)
+    values = fit(model, data)
     x = draw(model, 2000)
     error = (x.mean(dim=0) - data.mean(dim=0)).abs() / data.std(dim=0)
     assert error.max() < 0.5
@@ -226,40 +225,40 @@ class OneMode(GAN):
         return 0.1 * torch.randn(n, 2, generator=generator)
 
 
-def test_samples_that_are_one_point_at_the_end_are_a_collapse(tmp_path):
+def test_samples_that_are_one_point_at_the_end_are_a_collapse():
     with pytest.raises(Diverged, match="gan, epoch 2: the samples have collapsed to a point"):
-        fit(make(Constant, DIGITS, epochs=2, batch_size=2), random_data(DIGITS), tmp_path)
+        fit(make(Constant, DIGITS, epochs=2, batch_size=2), random_data(DIGITS))
 
 
-def test_a_collapse_that_lasts_ends_the_fit(tmp_path):
+def test_a_collapse_that_lasts_ends_the_fit():
     # 50 steps an epoch, and a thousand steps of patience
     with pytest.raises(Diverged, match=r"epoch 20: .* of the data's, for 20 epochs"):
-        fit(make(Constant, DIGITS, epochs=99, batch_size=2), random_data(DIGITS), tmp_path)
+        fit(make(Constant, DIGITS, epochs=99, batch_size=2), random_data(DIGITS))
 
 
-def test_a_generator_may_recover(tmp_path):
-    values = fit(make(Recovering, DIGITS, epochs=4, batch_size=2), random_data(DIGITS), tmp_path)
+def test_a_generator_may_recover():
+    values = fit(make(Recovering, DIGITS, epochs=4, batch_size=2), random_data(DIGITS))
     assert [value["diversity"] > 0.01 for value in values] == [False, False, False, True]
 
 
-def test_a_discriminator_that_has_won_ends_the_fit(tmp_path):
+def test_a_discriminator_that_has_won_ends_the_fit():
     data = 0.8 + 0.2 * random_data(DIGITS)
     model = make(Idle, DIGITS, epochs=99, batch_size=2, learning_rate=1e-2)
     with pytest.raises(Diverged, match=r"the discriminator has won: its accuracy is 1\.00000, for"):
-        fit(model, data, tmp_path)
+        fit(model, data)
 
 
-def test_one_mode_of_two_is_no_collapse(tmp_path):
+def test_one_mode_of_two_is_no_collapse():
     data = normal(1000, [0.0, 0.0], [[0.1, 0.0], [0.0, 0.1]])
     data[::2] += 6
     model = make(OneMode, VECTOR, epochs=2)
-    values = fit(model, data, tmp_path)
+    values = fit(model, data)
     assert 0.01 < values[-1]["diversity"] < 0.1
     x = draw(model, 500)
     assert x.max() < 1
 
 
-def test_nan_is_diverged(tmp_path):
+def test_nan_is_diverged():
     data = random_data(VECTOR)
     with pytest.raises(Diverged, match=r"gan, epoch \d+: discriminator_loss is (nan|inf)"):
-        fit(make(GAN, VECTOR, epochs=5, learning_rate=1e38), data, tmp_path)
+        fit(make(GAN, VECTOR, epochs=5, learning_rate=1e38), data)

@@ -10,9 +10,9 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 from torch.func import jacfwd, vmap
 
-from imlbench import Space
+from imlbench import LogProb, Space
 from imlbench_iml.invertible import SLOPE, InvertibleNetwork, Sigmoid, TallLinear, Tanh
-from imlbench_iml.models import IMLGMM
+from imlbench_iml.models import IMLGMM, IMLGMMParams
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +160,7 @@ def test_shapes_follow_the_event_shape():
 
 def iml_gmm(space: Space, **params) -> IMLGMM:
     torch.manual_seed(0)
-    resolved = IMLGMM.resolve(IMLGMM.Params(n_components=3, **params), space)
+    resolved = IMLGMM.resolve(IMLGMMParams(n_components=3, **params), space)
     model = IMLGMM(resolved, space).eval().requires_grad_(False)
     for layer in (layer for layer in model.autoencoder.layers if hasattr(layer, "weight")):
         layer.weight.add_(0.3 * torch.randn(layer.weight.shape)).mul_(1.5)
@@ -186,7 +186,7 @@ def test_log_prob_of_a_square_model_is_the_change_of_variables():
     h = model.encode(x)
     jacobian = vmap(jacfwd(lambda one: model.encode(one[None])[0]))(x).flatten(2)
     truth = mixture_log_density(model, h) + torch.linalg.slogdet(jacobian).logabsdet
-    assert model.can("log_prob")
+    assert model.can(LogProb)
     for log_prob in (model.log_prob, model.log_prob_layerwise, model.log_prob_manifold):
         torch.testing.assert_close(log_prob(x), truth, rtol=0, atol=1e-4)
 
@@ -197,6 +197,6 @@ def test_log_prob_manifold_of_a_model_is_that_of_the_true_jacobian():
     h = model.encode(x)
     jacobian = vmap(jacfwd(lambda one: model.decode(one[None])[0].flatten()))(h)
     volume = 0.5 * torch.linalg.slogdet(jacobian.mT @ jacobian).logabsdet
-    assert not model.can("log_prob")
+    assert not model.can(LogProb)
     truth = mixture_log_density(model, h) - volume
     torch.testing.assert_close(model.log_prob_manifold(x), truth, rtol=0, atol=1e-4)

@@ -6,13 +6,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
-from imlbench import Model, UserError, hookimpl
-from imlbench.registry import Registry
+from imlbench import LogProb, Metric, Model, Params, Score, UserError, hookimpl
+from imlbench.plan.registry import Registry
 
 
 def make_model(model_name: str, model_family: str = "") -> type[Model]:
-    class Constant(Model):
+    class Constant(Model[Params]):
         """Always zero."""
 
         name = model_name
@@ -25,6 +26,22 @@ def make_model(model_name: str, model_family: str = "") -> type[Model]:
             """Return zeros."""
             return torch.zeros(n, *self.space.event_shape)
 
+    return Constant
+
+
+def make_metric(needed: object, direction: bool | None = True) -> type[Metric]:
+    class Constant(Metric[Params]):
+        """Always zero."""
+
+        name = "constant"
+        requires = (needed,)
+
+        def compute(self, evaluation):
+            """Return zero."""
+            return Score(0.0)
+
+    if direction is not None:
+        Constant.higher_is_better = direction
     return Constant
 
 
@@ -70,6 +87,11 @@ def test_unknown_names_get_a_suggestion_and_the_list(registry):
         (module_with(imlbench_models=lambda: [dict]), "not a subclass of imlbench.Model"),
         (module_with(imlbench_models=lambda: [Model]), "lacks the methods fit, sample"),
         (module_with(imlbench_model=lambda: []), "imlbench_model"),
+        (module_with(imlbench_models=lambda: [make_model("a b")]), "must be named by letters"),
+        (module_with(imlbench_metrics=lambda: [make_metric("log_porb")]), "got 'log_porb'"),
+        (module_with(imlbench_metrics=lambda: [make_metric(Tensor)]), "must be a protocol"),
+        (module_with(imlbench_metrics=lambda: [make_metric(LogProb, None)]), "higher_is_better"),
+        (module_with(imlbench_artifacts=lambda: [Model]), "not a subclass of imlbench.Artifact"),
     ],
 )
 def test_a_broken_plugin_is_named_and_stops_nobody(entry_point, module, message):

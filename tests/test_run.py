@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -12,47 +11,57 @@ import sys
 import time
 from pathlib import Path
 
-import mlflow
 import numpy as np
 import pytest
 import torch
 
-from imlbench import Diverged, Model, Sources, Space
-from imlbench.config import make_benchmark
-from imlbench.job import JobContext, run_job
-from imlbench.plan import identify_data, make_plan
-from imlbench.registry import Registry
-from imlbench.store import JobFolder, Store, read_tensors
+from imlbench import Diverged, Model, Params, Sources, Space
+from imlbench.plan.config import make_benchmark
+from imlbench.plan.jobs import Plan, identify_data, make_plan
+from imlbench.plan.registry import Registry
+from imlbench.records.folder import JobFolder, Store, read_tensors
+from imlbench.runner.context import JobContext
+from imlbench.runner.job import run_job
 
 QUICK = ("--epochs", "1", "--set", "hidden_dim=32", "--set", "latent_dim=4")
 RUN = ("run", "--models", "iml-gmm,vae", "--datasets", "digits", *QUICK)
 SMALL = (*RUN, "--set", "iml-gmm.n_components=2")
+METRICS = ("kde", "reconstruction_error")
 
 
-def quick_job(registry: Registry, model: str, extra: list[str] | None = None, **given):
+def quick_plan(
+    registry: Registry, model: str, extra: list[str] | None = None, metrics=METRICS, **given
+) -> Plan:
     settings = ["epochs=1", "latent_dim=4", "hidden_dim=32", *(extra or [])]
     benchmark = make_benchmark(
-        None, None, models=[model], datasets=["digits"], settings=settings, **given
+        None,
+        None,
+        models=[model],
+        datasets=["digits"],
+        settings=settings,
+        metrics=metrics,
+        **given,
     )
-    plan = identify_data(make_plan(benchmark, registry), registry, Sources())
-    return plan.jobs[0]
+    return identify_data(make_plan(benchmark, registry), registry, Sources())
 
 
-def run_here(
-    registry: Registry, job, folder: Path, metrics=("kde", "reconstruction_error"), **given
-):
+def run_here(registry: Registry, plan: Plan, folder: Path, **given) -> JobFolder:
     store = Store(folder)
+    (job,) = plan.jobs
     run_job(
         job,
-        store.folder(job.id),
+        store,
         registry,
-        metrics={name: registry.code(registry.metrics[name]) for name in metrics},
-        stages=store.stages,
+        metrics=plan.metrics,
         sources=Sources(),
         device=torch.device("cpu"),
         **given,
     )
     return store.folder(job.id)
+
+
+def values(folder: JobFolder) -> dict[str, float]:
+    return {score.label: score.value for score in folder.read().scores}
 
 
 @pytest.fixture(scope="module")
@@ -72,35 +81,43 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_everything_behind(finished):
     folder, _ = finished
-    jobs = sorted((folder / "results" / "runs").iterdir())
+    jobs = list(Store(folder / "results"))
     assert len(jobs) == 4
     for job in jobs:
-        names = {path.name for path in job.iterdir()}
-        assert names >= {
-            "config.json",
+        names = {path.name for path in job.path.iterdir()}
+        assert names == {
+            "record.json",
             "checkpoint.safetensors",
-            "fit.json",
-            "samples.safetensors",
-            "metrics.json",
-            "status.json",
-            "log.txt",
-            "figures",
+            "curves.json",
+            "samples",
             "scores",
+            "artifacts",
+            "log.txt",
         }
-        assert not [name for name in names if name.startswith(".writing")]
-        scores = JobFolder(job).scores()
-        kde = read_tensors(job / "scores" / "kde.safetensors")["per_example"]
-        assert len(kde) == 297
-        assert scores["kde"]["value"] == pytest.approx(kde.mean().item())
-        assert scores["kde"]["settings"] == {"h": 0.2, "M": 1000, "draws": 5}
-        assert (job / "figures" / "samples.png").stat().st_size > 1000
+        assert not list(job.path.rglob(".writing*"))
+        score = job.read().score("kde", "5x1000")
+        kde = read_tensors(job.per_example("kde", "5x1000"))["per_example"]
+        assert len(kde) == score.n_examples == 297
+        assert score.value == pytest.approx(kde.mean().item())
+        assert score.settings == {"h": 0.2, "M": 1000, "draws": 5}
+        assert (job.artifact("samples", "5x1000") / "samples.png").stat().st_size > 1000
+
+
+def test_what_was_really_used_is_recorded(finished):
+    folder, _ = finished
+    for job in Store(folder / "results"):
+        record = job.read()
+        assert record.model_params["batch_size"] > 26
+        assert record.params["batch_size"] == 26  # 1,300 examples: an epoch has 50 steps
+        assert record.fit.used["n_steps"] == 50
+        assert "width" not in record.params  # no convolutions on 8x8 pixels
 
 
 def test_metrics_that_a_model_cannot_have_are_told(finished):
     folder, _ = finished
-    vae = next((folder / "results" / "runs").glob("digits-vae-*"))
-    reasons = json.loads((vae / "metrics.json").read_text())["not_applicable"]
-    assert reasons["log_likelihood_manifold"] == "the model has no log_prob_manifold"
+    (vae, _) = (job for job in Store(folder / "results") if job.read().model == "vae")
+    reason = vae.read().not_applicable["log_likelihood_manifold"].reason
+    assert reason == "the model has no log_prob_manifold"
 
 
 def test_a_run_ends_with_the_table_of_what_it_ran(finished):
@@ -108,24 +125,6 @@ def test_a_run_ends_with_the_table_of_what_it_ran(finished):
     assert re.search(r"^iml-gmm +2 ", answer.stdout, re.MULTILINE)
     assert re.search(r"^vae +2 ", answer.stdout, re.MULTILINE)
     assert "± is the standard deviation over n seeds" in answer.stdout
-
-
-def test_mlflow_holds_parameters_curves_metrics_tags_and_artifacts(finished):
-    folder, _ = finished
-    uri = f"sqlite:///{folder / 'results' / 'mlflow.db'}"
-    client = mlflow.MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name("imlbench")
-    runs = client.search_runs([experiment.experiment_id])
-    assert len(runs) == 4
-    run = next(run for run in runs if run.data.tags["imlbench.model"] == "iml-gmm")
-    assert run.data.params["model.latent_dim"] == "4"
-    assert {"kde", "kde.stderr", "fit_seconds", "log_likelihood_manifold"} <= set(run.data.metrics)
-    assert client.get_metric_history(run.info.run_id, "autoencoder/loss")[0].step == 1
-    tags = {name.removeprefix("imlbench.") for name in run.data.tags}
-    assert {"version", "fingerprint", "device", "torch", "seed", "status"} <= tags
-    artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
-    assert {"checkpoint.safetensors", "samples.safetensors", "figures"} <= artifacts
-    assert run.info.status == "FINISHED"
 
 
 def test_a_second_run_trains_nothing_and_prints_the_same_table(finished):
@@ -145,63 +144,60 @@ def test_a_second_run_trains_nothing_and_prints_the_same_table(finished):
 
 @pytest.mark.parametrize("model", ["iml-gmm", "vae"])
 def test_same_seed_same_result_and_the_global_random_state_is_untouched(registry, tmp_path, model):
-    job = quick_job(registry, model)
+    plan = quick_plan(registry, model)
     torch.manual_seed(7)
     states = (torch.get_rng_state(), repr(np.random.get_state()), random.getstate())  # noqa: NPY002
-    first = run_here(registry, job, tmp_path / "a")
+    first = run_here(registry, plan, tmp_path / "a")
     assert torch.equal(torch.get_rng_state(), states[0])
     assert repr(np.random.get_state()) == states[1]  # noqa: NPY002
     assert random.getstate() == states[2]
     torch.manual_seed(8)
-    second = run_here(registry, job, tmp_path / "b")
-    assert first.scores() == second.scores()
-    other = run_here(registry, quick_job(registry, model, seeds="1"), tmp_path / "c")
-    assert other.scores() != first.scores()
+    second = run_here(registry, plan, tmp_path / "b")
+    assert values(first) == values(second)
+    other = run_here(registry, quick_plan(registry, model, seeds="1"), tmp_path / "c")
+    assert values(other) != values(first)
 
 
 def test_a_fitted_stage_is_shared_between_jobs(registry, tmp_path):
-    whole = quick_job(registry, "iml-gmm")
-    shared = quick_job(registry, "iml-gmm", extra=["iml-gmm.n_components=2"])
+    whole = quick_plan(registry, "iml-gmm")
+    shared = quick_plan(registry, "iml-gmm", extra=["iml-gmm.n_components=2"])
     alone = run_here(registry, shared, tmp_path / "alone")
     run_here(registry, whole, tmp_path / "together")
     second = run_here(registry, shared, tmp_path / "together")
-    assert second.read("fit.json")["seconds_reused"] > 0
-    assert alone.read("fit.json")["seconds_reused"] == 0
-    assert second.scores() == alone.scores()  # the cache changes no number
-    stages = [record["stage"] for record in second.read("fit.json")["history"]]
-    assert "autoencoder" in stages  # the curves are there all the same
+    assert second.read().fit.seconds_reused > 0
+    assert alone.read().fit.seconds_reused == 0
+    assert values(second) == values(alone)  # the cache changes no number
+    assert second.read().fit.used == alone.read().fit.used
+    assert "autoencoder" in [point.stage for point in second.read_curves()]  # all the same
+
+
+def test_all_base_distributions_share_one_autoencoder(registry, tmp_path):
+    for model in ("iml-gmm", "iml-dpgmm", "iml-gaussian"):
+        run_here(registry, quick_plan(registry, model, metrics=["kde"]), tmp_path)
+    assert len(list((tmp_path / "stages").glob("*.safetensors"))) == 1
 
 
 def test_nan_in_a_real_model_is_diverged(registry, tmp_path):
-    job = quick_job(registry, "iml-gmm", extra=["learning_rate=1e20"])
+    plan = quick_plan(registry, "iml-gmm", extra=["learning_rate=1e20"])
     with pytest.raises(Diverged, match="autoencoder, epoch 1: "):
-        run_here(registry, job, tmp_path)
+        run_here(registry, plan, tmp_path)
 
 
 def test_force_fits_shared_stages_again_and_a_damaged_one_is_fitted_again(registry, tmp_path):
-    job = quick_job(registry, "iml-gmm")
-    folder = run_here(registry, job, tmp_path)
-    scores = folder.scores()
+    plan = quick_plan(registry, "iml-gmm")
+    folder = run_here(registry, plan, tmp_path)
+    before = values(folder)
     (stage,) = (tmp_path / "stages").glob("*.safetensors")
     stage.write_bytes(b"damaged")
     folder.clear()
-    assert run_here(registry, job, tmp_path).read("fit.json")["seconds_reused"] <= 0
-    assert folder.scores() == scores
+    assert run_here(registry, plan, tmp_path).read().fit.seconds_reused <= 0
+    assert values(folder) == before
     folder.clear()
-    again = run_here(registry, job, tmp_path, refit_before=time.time() + 1)
-    assert again.read("fit.json")["seconds_reused"] <= 0
+    again = run_here(registry, plan, tmp_path, refit_before=time.time() + 1)
+    assert again.read().fit.seconds_reused <= 0
 
 
-def test_a_metric_whose_code_changed_is_computed_again(registry, tmp_path):
-    job = quick_job(registry, "vae")
-    folder = run_here(registry, job, tmp_path, metrics=("kde",))
-    record = folder.read("metrics.json")
-    record["scores"]["kde"] |= {"value": 1.0, "code": "older"}
-    folder.write("metrics.json", record)
-    assert run_here(registry, job, tmp_path, metrics=("kde",)).scores()["kde"]["value"] != 1.0
-
-
-class _Broken(Model):
+class _Broken(Model[Params]):
     """Fails in the way that its class attribute says."""
 
     name = "broken"
@@ -214,9 +210,9 @@ class _Broken(Model):
 
 
 def test_nan_in_training_is_diverged_with_epoch_and_value(tmp_path, registry):
-    job = quick_job(registry, "vae")
+    (job,) = quick_plan(registry, "vae").jobs
     context = JobContext(job, torch.device("cpu"), tmp_path, lambda event: None)
-    model = _Broken(_Broken.Params(), Space("vector", (2,)))
+    model = _Broken(Params(), Space("vector", (2,)))
     with pytest.raises(Diverged, match="training, epoch 1: loss is nan"):
         model.fit(None, None, context)
 
@@ -224,9 +220,9 @@ def test_nan_in_training_is_diverged_with_epoch_and_value(tmp_path, registry):
 PLUGIN = '''
 import os, signal, time
 import torch
-from imlbench import Metric, Model, Score, hookimpl
+from imlbench import Metric, Model, Params, Score, hookimpl
 
-class Base(Model):
+class Base(Model[Params]):
     """Zeros."""
     def fit(self, train, valid, context): pass
     def sample(self, n, generator):
@@ -252,12 +248,13 @@ class Slow(Base):
     name = "slow"
     def fit(self, train, valid, context):
         context.report("training", 1, 9, loss=1.0)
+        open("asleep", "w").close()
         time.sleep(float(os.environ.get("SLOW_SECONDS", "0")))
 
 class Fine(Base):
     name = "fine"
 
-class Fragile(Metric):
+class Fragile(Metric[Params]):
     name = "fragile"
     higher_is_better = True
     def compute(self, evaluation):
@@ -303,32 +300,24 @@ def outside(tmp_path):
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=900)
     return process.returncode, out, err
 
 
 def statuses(folder: Path) -> dict[str, str]:
-    return {
-        job.read("config.json")["model"]: job.read("status.json")["status"]
-        for job in Store(folder / "results")
-    }
+    return {record.model: str(record.status) for record in Store(folder / "results").records()}
 
 
 def test_jobs_that_fail_are_recorded_and_the_others_go_on(outside):
-    models = "raises,nan,killed,memory,slow,fine"
-    code, out, err = finish(
-        outside(
-            "run", "--models", models, "--datasets", "digits", "--time-limit", "15",
-            "--metrics", "kde", SLOW_SECONDS="60",
-        )
-    )  # fmt: skip
+    models = "raises,nan,killed,memory,fine"
+    run = ("run", "--models", models, "--datasets", "digits", "--metrics", "kde")
+    code, out, err = finish(outside(*run))
     assert code == 1, err
     assert statuses(outside.folder) == {
         "raises": "failed",
         "nan": "diverged",
         "killed": "out-of-memory",
         "memory": "out-of-memory",
-        "slow": "timeout",
         "fine": "done",
     }
     assert re.search(r"^fine ", out, re.MULTILINE)
@@ -340,29 +329,35 @@ def test_jobs_that_fail_are_recorded_and_the_others_go_on(outside):
     )
 
 
+def test_a_job_that_takes_too_long_is_stopped(outside):
+    run = ("run", "--models", "slow", "--datasets", "digits", "--metrics", "kde")
+    code, _, err = finish(outside(*run, "--time-limit", "2", SLOW_SECONDS="3600"))
+    assert code == 1
+    assert "timeout: stopped after 2 s" in err
+    assert statuses(outside.folder) == {"slow": "timeout"}
+
+
 def test_a_metric_that_fails_costs_neither_the_training_nor_the_other_metrics(outside):
     run = ("run", "--models", "fine", "--datasets", "digits", "--metrics", "fragile,kde")
     code, _, err = finish(outside(*run, FRAGILE="1"))
     assert code == 1
     assert "metric fragile failed: no luck" in err
     (folder,) = Store(outside.folder / "results")
-    assert set(folder.scores()) == {"kde"}
+    assert set(values(folder)) == {"kde"}
     trained = (folder.path / "checkpoint.safetensors").stat().st_mtime_ns
     code, out, _ = finish(outside(*run))
     assert code == 0
-    assert set(folder.scores()) == {"kde", "fragile"}
+    assert set(values(folder)) == {"kde", "fragile"}
     assert (folder.path / "checkpoint.safetensors").stat().st_mtime_ns == trained
     assert "fragile" in out
 
 
 def test_an_interrupted_run_goes_on_with_what_is_missing(outside):
     run = ("run", "--models", "fine,slow", "--datasets", "digits", "--metrics", "kde")
-    process = outside(*run, SLOW_SECONDS="60")
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not list(
-        (outside.folder / "results" / "runs").glob("digits-slow-*/config.json")
-    ):
-        time.sleep(0.2)
+    process = outside(*run, SLOW_SECONDS="600")
+    while not (outside.folder / "asleep").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert code == 130

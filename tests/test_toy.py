@@ -10,14 +10,14 @@ import torch
 from scipy import integrate, stats
 from sklearn.datasets import make_moons
 
-from imlbench import Sources
-from imlbench_toy.toy import DENSITIES, Toy2D
+from imlbench import Modes, Sources
+from imlbench_toy.toy import DENSITIES, Toy2D, Toy2DParams
 
 SHAPES = sorted(DENSITIES)
 
 
 def make(shape: str, **params: int) -> Toy2D:
-    return Toy2D(Toy2D.Params(shape=shape, **params))
+    return Toy2D(Toy2DParams(shape=shape, **params))
 
 
 def cells(shape: str, n: int) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -157,3 +157,10 @@ def test_log_prob_is_finite_far_away_and_keeps_its_hands_off_its_input():
 def test_points_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"toy-2d: x must be of shape \(N, 2\); got \(2,\)"):
         make("ring").log_prob(torch.zeros(2))
+
+
+def test_only_mixtures_have_modes():
+    assert [shape for shape in SHAPES if make(shape).can(Modes)] == ["grid", "two-gaussians"]
+    assert not hasattr(make("ring"), "mode")
+    x = torch.tensor([[-4.1, -2.0], [3.9, 4.1]])
+    assert make("grid").mode(x).tolist() == [1, 24]  # the grid's rows of five, from -4, -4

@@ -1,1 +1,1 @@
-"""Runners: how the jobs of a plan are brought to their processes."""
+"""Running jobs: the steps, the spine that joins them, and the local runner."""

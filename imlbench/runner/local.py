@@ -1,27 +1,27 @@
-"""The local runner: a spawned process per job, one job per device at a time, hard time limits."""
+"""The local runner: a process per job, one job per device at a time, hard time limits."""
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
-import multiprocessing
 import os
+import selectors
 import signal
+import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from filelock import FileLock, Timeout
 
-from imlbench.api import Sources
-from imlbench.errors import Diverged, UserError
-from imlbench.plan import Job
-from imlbench.store import JobFolder, Status, Store
+from imlbench.api.data import Sources
+from imlbench.errors import UserError
+from imlbench.plan.jobs import Job, Plan
+from imlbench.records.folder import JobFolder, Store
+from imlbench.records.record import Record, Status
+from imlbench.runner.context import Event
+from imlbench.runner.worker import ASSIGNMENT, EVENT, Assignment, end
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Display(Protocol):
     def start(self, job: Job, device: str) -> None:
         """Show that a job has started."""
 
-    def event(self, job: Job, event: dict[str, Any]) -> None:
+    def event(self, job: Job, event: Event) -> None:
         """Show an event of a running job."""
 
     def end(self, outcome: Outcome, folder: JobFolder) -> None:
@@ -81,49 +81,21 @@ def find_devices(requested: str) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-@dataclass(frozen=True)
-class _Assignment:
-    """Everything that a job's process has to know."""
-
-    job: Job
-    store: Store
-    metrics: Mapping[str, str]
-    sources: Sources
-    device: str
-    n_threads: int
-    refit_before: float
-
-    @property
-    def folder(self) -> JobFolder:
-        return self.store.folder(self.job.id)
-
-
-@dataclass
-class _Running:
-    assignment: _Assignment
-    process: BaseProcess
-    events: Connection
-    lock: FileLock
-    start: float = field(default_factory=time.monotonic)
-
-
 def run_jobs(
-    jobs: Sequence[Job],
+    plan: Plan,
     store: Store,
     *,
-    metrics: Mapping[str, str],
     sources: Sources,
     devices: Sequence[str],
     display: Display,
     time_limit: float | None = None,
     force: bool = False,
 ) -> Iterator[Outcome]:
-    """Run jobs, yielding each outcome as soon as it is known; finished jobs are reused.
+    """Run a plan's jobs, yielding each outcome as soon as it is known; finished jobs are reused.
 
     Arguments:
-        jobs: What to run, in order.
+        plan: What to run, in order, and what to compute for each job.
         store: The results folder.
-        metrics: Names of the metrics to compute, with what identifies their code.
         sources: Where the data are.
         devices: One job at a time on each.
         display: Shows progress.
@@ -134,63 +106,158 @@ def run_jobs(
         KeyboardInterrupt: After the running jobs were stopped and recorded as interrupted.
     """
     pending: list[Job] = []
-    for job in jobs:
-        folder = store.folder(job.id)
-        if not force and is_complete(folder, metrics):
+    for job in plan.jobs:
+        record = None if force else store.folder(job.id).read()
+        if record is not None and record.is_complete(job, plan.metrics, plan.artifacts):
             outcome = Outcome(job, Status.DONE, reused=True)
-            display.end(outcome, folder)
+            display.end(outcome, store.folder(job.id))
             yield outcome
         else:
             pending.append(job)
-    running: list[_Running] = []
-    n_threads = max(1, _n_processors() // min(len(devices), max(len(pending), 1)))
-    refit_before = time.time() if force else 0.0
+    crew = _Crew(plan, store, sources, display, time_limit, force, len(pending), devices)
     try:
-        while pending or running:
-            for device in devices:
-                if pending and device not in {active.assignment.device for active in running}:
+        while pending or crew.running:
+            for device in crew.idle():
+                if pending:
                     job = pending.pop(0)
-                    lock = _lock(store.folder(job.id))
-                    if lock is None:  # another imlbench is at it: wait, and take over the rest
+                    if not crew.start(job, device):  # another imlbench is at it: wait, go on after
                         pending.append(job)
-                        continue
-                    display.start(job, device)
-                    running.append(
-                        _spawn(
-                            _Assignment(
-                                job, store, metrics, sources, device, n_threads, refit_before
-                            ),
-                            lock,
-                        )
-                    )
-            wait([a.events for a in running] + [a.process.sentinel for a in running], timeout=0.5)
-            for active in list(running):
-                _forward_events(active, display)
-                ended = _check(active, time_limit)
-                if ended:
-                    _forward_events(active, display)
-                    running.remove(active)
-                    active.lock.release()
-                    display.end(ended, active.assignment.folder)
-                    yield ended
+            yield from crew.wait()
     except (KeyboardInterrupt, GeneratorExit):
-        for active in running:
-            _stop(active.process)
-            active.assignment.folder.end(Status.INTERRUPTED, "stopped by the user")
-            active.lock.release()
+        crew.interrupt()
         raise
 
 
-def is_complete(folder: JobFolder, metrics: Mapping[str, str]) -> bool:
-    """Whether a job is done and every metric was computed, by today's code, or does not apply."""
-    if folder.status is not Status.DONE:
-        return False
-    record = folder.read("metrics.json")
-    scores, not_applicable = record.get("scores", {}), record.get("not_applicable", {})
-    return all(
-        name in not_applicable or scores.get(name, {}).get("code") == code
-        for name, code in metrics.items()
-    )
+class _Crew:
+    """The running processes."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        sources: Sources,
+        display: Display,
+        time_limit: float | None,
+        force: bool,
+        n_jobs: int,
+        devices: Sequence[str],
+    ) -> None:
+        self._plan, self._store, self._sources = plan, store, sources
+        self._display, self._time_limit, self._devices = display, time_limit, devices
+        self._n_threads = max(1, _n_processors() // min(len(devices), max(n_jobs, 1)))
+        self._refit_before = time.time() if force else 0.0
+        self.running: list[_Running] = []
+
+    def idle(self) -> list[str]:
+        """Return the devices on which no job runs."""
+        busy = {active.assignment.device for active in self.running}
+        return [device for device in self._devices if device not in busy]
+
+    def start(self, job: Job, device: str) -> bool:
+        """Start a job; False if another process is working on it."""
+        lock = _lock(self._store.folder(job.id))
+        if lock is None:
+            return False
+        self._display.start(job, device)
+        assignment = Assignment(
+            job,
+            self._store.root.resolve(),
+            self._plan.metrics,
+            self._plan.artifacts,
+            self._sources,
+            device,
+            self._n_threads,
+            self._refit_before,
+        )
+        self.running.append(_spawn(assignment, lock))
+        return True
+
+    def wait(self) -> Iterator[Outcome]:
+        """Forward events until something has happened, and yield the outcomes."""
+        with selectors.DefaultSelector() as selector:
+            for active in self.running:
+                if not active.is_silent:
+                    selector.register(active.events, selectors.EVENT_READ, active)
+            selector.select(timeout=0.5)
+        for active in list(self.running):
+            active.forward_events(self._display)
+            outcome = active.check(self._time_limit)
+            if outcome:
+                active.forward_events(self._display)
+                active.close()
+                self.running.remove(active)
+                self._display.end(outcome, active.assignment.folder)
+                yield outcome
+
+    def interrupt(self) -> None:
+        """Stop all jobs, and record that the user did."""
+        for active in self.running:
+            active.stop()
+            end(active.assignment.folder, Status.INTERRUPTED, "stopped by the user")
+            active.close()
+
+
+@dataclass
+class _Running:
+    """A job's process, the pipe of its events, and the lock of its folder."""
+
+    assignment: Assignment
+    process: subprocess.Popen[bytes]
+    events: int
+    lock: FileLock
+    is_silent: bool = False
+    start: float = field(default_factory=time.monotonic)
+    _rest: bytes = b""
+
+    def forward_events(self, display: Display) -> None:
+        """Hand on what has come; a line that is no event is left out."""
+        content = b""
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(self.events, 1 << 16):
+                content += part
+            self.is_silent = True
+        *lines, self._rest = (self._rest + content).split(b"\n")
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                display.event(self.assignment.job, EVENT.validate_json(line))
+
+    def check(self, time_limit: float | None) -> Outcome | None:
+        """Return the outcome if the process has ended, or has to be ended."""
+        folder, seconds = self.assignment.folder, time.monotonic() - self.start
+        if self.process.poll() is None:
+            if time_limit is None or seconds <= time_limit:
+                if self.is_silent:  # it has closed its pipe, and is about to end
+                    time.sleep(0.01)
+                return None
+            self.stop()
+            end(folder, Status.TIMEOUT, f"stopped after {time_limit:g} s")
+        record = folder.read()
+        if record is None or record.status is None:  # it died without a word
+            code = self.process.returncode
+            killed = code == -signal.SIGKILL
+            status = Status.OUT_OF_MEMORY if killed else Status.FAILED
+            reason = (
+                "the system killed the process"
+                if killed
+                else f"the process died with exit code {code}"
+            )
+            end(folder, status, reason)
+            return Outcome(self.assignment.job, status, reason, seconds=seconds)
+        return Outcome(self.assignment.job, record.status, record.reason, seconds=seconds)
+
+    def stop(self) -> None:
+        """End the process and all that it has started."""
+        for how, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, None)):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, how)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=patience)
+                return
+
+    def close(self) -> None:
+        """Release what is held."""
+        os.close(self.events)
+        self.lock.release()
 
 
 def _n_processors() -> int:
@@ -211,129 +278,33 @@ def _lock(folder: JobFolder) -> FileLock | None:
     return lock
 
 
-def _spawn(assignment: _Assignment, lock: FileLock) -> _Running:
-    job, folder = assignment.job, assignment.folder
+def _spawn(assignment: Assignment, lock: FileLock) -> _Running:
+    """Start a job's process, in a session of its own: the parent decides on Ctrl-C."""
+    folder = assignment.folder
     if assignment.refit_before:
         folder.clear()
     folder.remove_unfinished()
-    (folder.path / "status.json").unlink(missing_ok=True)
-    folder.write("config.json", {**asdict(job), "id": job.id})
-    spawn = multiprocessing.get_context("spawn")
-    receiver, sender = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=_work, args=(assignment, sender), daemon=True)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides on Ctrl-C
+    now = time.time()
+    record = folder.read() or Record.begin(assignment.job, now)
+    fresh = {"status": None, "reason": "", "started": now, "ended": None}
+    folder.write(record.model_copy(update=fresh))
+    receiver, sender = os.pipe()
+    os.set_blocking(receiver, False)
     try:
-        process.start()
+        with folder.log.open("wb") as log:
+            process = subprocess.Popen(
+                # -P: the folder that this was started in is no place to import from.
+                [sys.executable, "-P", "-m", "imlbench.runner.worker", str(sender)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(sender,),
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
     finally:
-        signal.signal(signal.SIGINT, handler)
-    sender.close()
+        os.close(sender)
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin as assignments:
+        assignments.write(ASSIGNMENT.dump_json(assignment))
     return _Running(assignment, process, receiver, lock)
-
-
-def _forward_events(active: _Running, display: Display) -> None:
-    with contextlib.suppress(EOFError, OSError):
-        while active.events.poll():
-            display.event(active.assignment.job, active.events.recv())
-
-
-def _check(active: _Running, time_limit: float | None) -> Outcome | None:
-    """Return the outcome if the process has ended, or has to be ended."""
-    job, folder = active.assignment.job, active.assignment.folder
-    seconds = time.monotonic() - active.start
-    if active.process.is_alive():
-        if time_limit is None or seconds <= time_limit:
-            return None
-        _stop(active.process)
-        folder.end(Status.TIMEOUT, f"stopped after {time_limit:g} s")
-    active.process.join()
-    if folder.status is None:  # it died without a word
-        code = active.process.exitcode
-        if code == -signal.SIGKILL:
-            folder.end(Status.OUT_OF_MEMORY, "the system killed the process")
-        else:
-            folder.end(Status.FAILED, f"the process died with exit code {code}")
-    record = folder.read("status.json")
-    return Outcome(job, Status(record["status"]), record["reason"], seconds=seconds)
-
-
-def _stop(process: BaseProcess) -> None:
-    process.terminate()
-    process.join(timeout=5)
-    if process.is_alive():
-        process.kill()
-        process.join()
-
-
-def _work(assignment: _Assignment, events: Connection) -> None:
-    """Run one job in a spawned process; everything it prints goes to its log."""
-    log = open(assignment.folder.path / "log.txt", "w", encoding="utf-8", buffering=1)  # noqa: SIM115
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    sys.stdout = sys.stderr = log
-    faulthandler.enable(log)
-    try:
-        status, reason = _attempt(assignment, _sender(events))
-    except BrokenPipeError:
-        os._exit(1)  # the parent is gone, and nobody waits for this result
-    assignment.folder.end(status, reason)
-
-
-def _attempt(
-    assignment: _Assignment, report: Callable[[dict[str, Any]], None]
-) -> tuple[Status, str]:
-    try:
-        import torch
-
-        from imlbench.job import run_job
-        from imlbench.registry import Registry
-
-        torch.set_num_threads(assignment.n_threads)
-        torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        run_job(
-            assignment.job,
-            assignment.folder,
-            Registry(),
-            metrics=assignment.metrics,
-            stages=assignment.store.stages,
-            sources=assignment.sources,
-            device=torch.device(assignment.device),
-            report=report,
-            refit_before=assignment.refit_before,
-        )
-    except BrokenPipeError:
-        raise
-    except Diverged as error:
-        traceback.print_exc()
-        return Status.DIVERGED, str(error)
-    except Exception as error:  # a plugin can raise anything; the other jobs go on
-        traceback.print_exc()
-        reason = f"{type(error).__name__}: {error}"
-        if _is_out_of_memory(error):
-            return Status.OUT_OF_MEMORY, reason.splitlines()[0]
-        return Status.FAILED, reason
-    return Status.DONE, ""
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether an error is Python's, CUDA's or torch's way to say that no memory is left."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    )
-
-
-def _sender(events: Connection, interval: float = 0.1) -> Callable[[dict[str, Any]], None]:
-    """Return a report function that sends at most ten progress events a second."""
-    last = -interval
-
-    def send(event: dict[str, Any]) -> None:
-        nonlocal last
-        final = event.get("step") == event.get("n_steps")
-        if event["event"] == "progress" and not final and time.monotonic() - last < interval:
-            return
-        last = time.monotonic()
-        events.send(event)
-
-    return send

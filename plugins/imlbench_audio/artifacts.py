@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
-import scipy.signal
 import soundfile
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from imlbench import Evaluation
-from imlbench_audio.framing import HOP, RATE, overlap_add
-from imlbench_audio.metrics import recordings
+from imlbench import Artifact, Autoencoding, Evaluation, Kind, Params, SampleComponents
+from imlbench_audio.framing import HOP, RATE, overlap_add, recordings_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SECONDS = 10
 """Length of what is written and drawn."""
@@ -28,29 +26,90 @@ PEAK = 0.9
 RANGE = 70
 """Decibels of the colour scale, downwards from the loudest point of the real audio."""
 
+DPI = 120
 
-def write_artifacts(evaluation: Evaluation, folder: Path) -> None:
-    """Write what :meth:`imlbench_audio.audio.AudioDataset.draw` promises."""
-    signals = excerpts(evaluation)
-    gain = PEAK / signals["real"].abs().max().item()
-    for name, signal in signals.items():
-        write_wav(signal, folder / f"{name}.wav", gain)
-    title = f"{evaluation.model.name} on {evaluation.dataset.name}"
-    draw_spectrograms(signals, title, folder / "spectrograms.png")
-    if evaluation.model.can("sample_components"):
-        draw_states(evaluation, title, folder / "states.png")
+
+class Recordings(Artifact[Params]):
+    """Audio, 10 s of each: real, the same through the auto-encoder if there is one, and generated.
+
+    Real is the beginning of the test split, generated that of the first draw. All have one gain;
+    what would exceed full scale has less.
+    """
+
+    name = "recordings"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"sequence"})
+
+    def write(self, evaluation: Evaluation, folder: Path) -> None:
+        """Write ``real.wav``, perhaps ``reconstructed.wav``, and ``generated.wav``."""
+        signals = excerpts(evaluation)
+        gain = PEAK / signals["real"].abs().max().item()
+        for name, signal in signals.items():
+            write_wav(signal, folder / f"{name}.wav", gain)
+
+
+class Spectrograms(Artifact[Params]):
+    """Spectrograms of what ``recordings`` writes, on one scale of colours (Fig. 6 to 8)."""
+
+    name = "spectrograms"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"sequence"})
+
+    def write(self, evaluation: Evaluation, folder: Path) -> None:
+        """Write ``spectrograms.png``."""
+        from matplotlib.figure import Figure
+
+        signals = excerpts(evaluation)
+        figure = Figure(figsize=(9, 0.8 + 2.2 * len(signals)), layout="constrained")
+        rows = figure.subplots(len(signals), sharex=True, squeeze=False)[:, 0]
+        top = spectrogram(signals["real"]).max()
+        for axes, (name, signal) in zip(rows, signals.items(), strict=True):
+            show_spectrogram(axes, signal, top)
+            axes.set_title(name)
+        rows[-1].set_xlabel("time in s")
+        figure.colorbar(rows[0].images[0], ax=list(rows), label="power in dB, 0 the loudest real")
+        figure.suptitle(f"{evaluation.model.name} on {evaluation.dataset.name}: spectrograms")
+        figure.savefig(folder / "spectrograms.png", dpi=DPI)
+
+
+class States(Artifact[Params]):
+    """Newly generated audio above the component, or state, that every chunk came from."""
+
+    name = "states"
+    requires = (SampleComponents,)
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"sequence"})
+
+    def write(self, evaluation: Evaluation, folder: Path) -> None:
+        """Write ``states.png``."""
+        from matplotlib.figure import Figure
+
+        model = cast(SampleComponents, evaluation.model)
+        n_chunks = SECONDS * RATE // HOP - 1  # they overlap by half
+        chunks, component = model.sample_components(n_chunks, evaluation.generator("states"))
+        signal = overlap_add(chunks.cpu())
+        middles = (torch.arange(n_chunks) + 1) * HOP / RATE
+        figure = Figure(figsize=(9, 5), layout="constrained")
+        above, below = figure.subplots(2, sharex=True)
+        show_spectrogram(above, signal, spectrogram(signal).max())
+        above.set_title("generated audio")
+        below.scatter(middles, component.cpu(), marker="|", s=30, linewidths=1.5)
+        below.set(xlabel="time in s", ylabel="number", title="component of every chunk")
+        below.yaxis.get_major_locator().set_params(integer=True)
+        below.grid(alpha=0.3)
+        figure.colorbar(above.images[0], ax=above, label="power in dB, 0 the loudest")
+        figure.suptitle(f"{evaluation.model.name} on {evaluation.dataset.name}: components in time")
+        figure.savefig(folder / "states.png", dpi=DPI)
 
 
 def excerpts(evaluation: Evaluation) -> dict[str, Tensor]:
     """Return real, perhaps reconstructed, and generated audio, at most 10 s each, (n_samples,)."""
-    model: Any = evaluation.model
-    chosen, n_samples = [], 0
-    for chunks in recordings(evaluation.splits.test):
+    chosen: list[Tensor] = []
+    n_samples = 0
+    for chunks in recordings_of(evaluation.splits.test):
         if n_samples < SECONDS * RATE:
             chosen.append(chunks)
             n_samples += (len(chunks) + 1) * HOP
     signals = {"real": chosen}
-    if model.can("encode") and model.can("decode"):
+    if evaluation.model.can(Autoencoding):
+        model = cast(Autoencoding, evaluation.model)
         signals["reconstructed"] = [
             model.decode(model.encode(chunks.to(evaluation.device))).cpu() for chunks in chosen
         ]
@@ -77,27 +136,17 @@ def write_wav(signal: Tensor, path: Path, gain: float) -> None:
 
 def spectrogram(signal: Tensor) -> NDArray[np.float64]:
     """Return the power in dB in windows of 32 ms every 8 ms, shape (129, n_windows)."""
+    import scipy.signal
+
+    density: NDArray[np.float64]
     _, _, density = scipy.signal.spectrogram(
         signal.double().numpy(), RATE, "hann", nperseg=256, noverlap=192, detrend=False
     )
     return 10 * np.log10(density + 1e-20)
 
 
-def draw_spectrograms(signals: Mapping[str, Tensor], title: str, path: Path) -> None:
-    """Draw spectrograms below each other: time in seconds, frequency in kHz, one colour scale."""
-    figure = Figure(figsize=(9, 0.6 + 2.1 * len(signals)), layout="constrained")
-    columns: list[Axes] = list(figure.subplots(len(signals), sharex=True, squeeze=False)[:, 0])
-    top = spectrogram(signals["real"]).max()
-    for axes, (name, signal) in zip(columns, signals.items(), strict=True):
-        _show(axes, signal, top)
-        axes.set_title(name)
-    columns[-1].set_xlabel("time in s")
-    figure.colorbar(columns[0].images[0], ax=columns, label="power in dB, 0 the loudest real")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-
-
-def _show(axes: Axes, signal: Tensor, top: float) -> None:
+def show_spectrogram(axes: Axes, signal: Tensor, top: float) -> None:
+    """Show time in seconds, frequency in kHz, and power in dB below ``top``."""
     axes.imshow(
         spectrogram(signal) - top,
         origin="lower",
@@ -107,21 +156,4 @@ def _show(axes: Axes, signal: Tensor, top: float) -> None:
         vmax=0,
         cmap="magma",
     )
-    axes.set_ylabel("kHz")
-
-
-def draw_states(evaluation: Evaluation, title: str, path: Path) -> None:
-    """Draw newly generated audio above the component, or state, that every chunk came from."""
-    model: Any = evaluation.model
-    generator = torch.Generator(evaluation.device).manual_seed(0)
-    chunks, component = model.sample_components(SECONDS * RATE // HOP, generator)
-    signal, n = overlap_add(chunks.cpu()), int(component.max()) + 1
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    above, below = figure.subplots(2, sharex=True)
-    _show(above, signal, spectrogram(signal).max())
-    below.stairs(
-        component.cpu(), (torch.arange(len(component) + 1) + 0.5) * HOP / RATE, baseline=None
-    )
-    below.set(xlabel="time in s", ylabel="component", ylim=(-0.02 * n, 1.02 * n))
-    figure.suptitle(f"{title}: generated, and its components")
-    figure.savefig(path, dpi=110)
+    axes.set_ylabel("frequency in kHz")

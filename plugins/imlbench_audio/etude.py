@@ -75,7 +75,8 @@ def synthesize(seconds: float, generator: np.random.Generator) -> Signal:
     dry = body(strokes.gain() * (sawtooth(phase, frequency) + bow_noise))
     sound = dry + 0.3 * room(dry, generator)
     # Rounding hides the last bits, in which processors differ.
-    return np.round(sound / np.abs(sound).max() * 32767) / 32768
+    rounded: Signal = np.round(sound / np.abs(sound).max() * 32767)
+    return rounded / 32768
 
 
 class Strokes:
@@ -103,11 +104,13 @@ class Strokes:
     def frequency(self) -> Signal:
         """Return the fundamental in Hz: small slides, and a vibrato that begins after 0.1 s."""
         slide = scipy.signal.windows.hann(round(0.02 * RATE))
-        pitch = scipy.signal.fftconvolve(self._pitch - 60, slide / slide.sum(), "same") + 60
+        smooth: Signal = scipy.signal.fftconvolve(self._pitch - 60, slide / slide.sum(), "same")
+        pitch = smooth + 60
         time = np.arange(self._n_samples) / RATE
         depth = 0.18 * np.clip((self._since - 0.1) / 0.3, 0, 1)  # in semitones
         vibrato = depth * np.sin(2 * np.pi * 5.6 * time)
-        return 440 * 2 ** ((pitch + vibrato - 69) / 12)
+        frequency: Signal = 440 * 2 ** ((pitch + vibrato - 69) / 12)
+        return frequency
 
     def gain(self) -> Signal:
         """Return the loudness: ramps of 40 ms at every note, shallow ones inside a slur."""
@@ -115,11 +118,12 @@ class Strokes:
         fall = np.clip(self._left / 0.04, 0, 1)
         rise = np.where(self._slur_before, 0.7 + 0.3 * rise, rise)
         fall = np.where(self._slur_after, 0.7 + 0.3 * fall, fall)
-        trembling = scipy.signal.sosfilt(
+        trembling: Signal = scipy.signal.sosfilt(
             scipy.signal.butter(2, 6, fs=RATE, output="sos"),
             self._generator.standard_normal(self._n_samples),
         )
-        return self._loudness * rise * fall * (1 + 0.1 * trembling / trembling.std())
+        gain: Signal = self._loudness * rise * fall * (1 + 0.1 * trembling / trembling.std())
+        return gain
 
     def noise_level(self, phase: Signal) -> Signal:
         """Return the bow's noise, relative to the tone: most when the string slips, and at first.
@@ -158,4 +162,5 @@ def room(sound: Signal, generator: np.random.Generator) -> Signal:
     time = np.arange(RATE // 2) / RATE
     response = 10 ** (-3 * time / 0.5) * generator.standard_normal(len(time))
     response /= np.sqrt(np.square(response).sum())
-    return scipy.signal.fftconvolve(sound, response)[: len(sound)]
+    echoes: Signal = scipy.signal.fftconvolve(sound, response)[: len(sound)]
+    return echoes

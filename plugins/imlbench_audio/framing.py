@@ -11,7 +11,7 @@ are those from the last chunk's middle on: these come back faded in and faded ou
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ CHUNK_SIZE = 800
 
 HOP = CHUNK_SIZE // 2
 """Samples from the start of one chunk to that of the next."""
+
+STRETCH = 2 * RATE // HOP
+"""Chunks of a recording that hang together, for standard errors: 2 s."""
 
 
 def _window(device: torch.device) -> Tensor:
@@ -98,11 +101,58 @@ def overlap_add(chunks: Tensor) -> Tensor:
     return (torch.cat([rising, silence]) + torch.cat([silence, falling])).flatten()
 
 
-def chunked(signals: Iterable[Tensor]) -> Examples:
+def chunked(
+    signals: Iterable[Tensor], labels: Mapping[str, Sequence[int]] | None = None
+) -> Examples:
     """Return the chunks of all signals, one recording each.
+
+    Successive chunks are much alike: the groups are stretches of at most 2 s of a recording.
 
     Arguments:
         signals: At least one, each of shape (n_samples,).
+        labels: By name, one number for each signal; its chunks have it.
+
+    Example:
+        >>> examples = chunked([torch.ones(1600), torch.ones(800)], {"speaker": [7, 5]})
+        >>> examples.lengths, examples.labels["speaker"].tolist(), examples.groups.tolist()
+        ((3, 1), [7, 7, 7, 5], [0, 0, 0, 1])
     """
     chunks = [frame(signal) for signal in signals]
-    return Examples(torch.cat(chunks), lengths=tuple(map(len, chunks)))
+    lengths = tuple(map(len, chunks))
+    repeats = torch.tensor(lengths)
+    return Examples(
+        torch.cat(chunks),
+        lengths=lengths,
+        labels={
+            name: torch.tensor(values).repeat_interleave(repeats)
+            for name, values in (labels or {}).items()
+        },
+        groups=stretches(lengths),
+    )
+
+
+def stretches(lengths: Iterable[int]) -> Tensor:
+    """Return the number of every chunk's stretch of at most 2 s, none in two recordings.
+
+    Arguments:
+        lengths: The number of chunks of each recording.
+
+    Returns:
+        int64 of shape (N,), counted from 0.
+
+    Example:
+        >>> stretches([90, 3]).bincount()
+        tensor([40, 40, 10,  3])
+    """
+    sizes = [len(part) for n in lengths for part in torch.arange(n).split(STRETCH)]
+    return torch.repeat_interleave(torch.tensor(sizes))
+
+
+def lengths_of(split: Examples) -> tuple[int, ...]:
+    """Return the number of chunks of each recording; without any, all are one recording."""
+    return split.lengths or (len(split),)
+
+
+def recordings_of(split: Examples) -> list[Tensor]:
+    """Return the chunks of every recording, each of shape (n_chunks, 800)."""
+    return list(split[:].split(list(lengths_of(split))))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import scipy.signal
 import soundfile
 import torch
 from numpy.typing import NDArray
@@ -78,9 +77,14 @@ def resample(samples: NDArray[np.float64], rate: int) -> NDArray[np.float64]:
         samples: Shape (n_samples,).
         rate: Their number per second.
     """
+    import scipy.signal
+
     common = math.gcd(RATE, rate)
     # Continued with their mean, so that a constant offset makes no clicks at the ends.
-    return scipy.signal.resample_poly(samples, RATE // common, rate // common, padtype="mean")
+    resampled: NDArray[np.float64] = scipy.signal.resample_poly(
+        samples, RATE // common, rate // common, padtype="mean"
+    )
+    return resampled
 
 
 def _decode(path: Path, dataset: str) -> tuple[NDArray[np.float64], int]:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pooch
 import torch
@@ -49,7 +49,20 @@ class Recording:
     file: str
 
 
-class SpokenDigits(AudioDataset):
+class SpokenDigitsParams(Params):
+    """Parameters of ``spoken-digits``."""
+
+    digits: list[Annotated[int, Field(ge=0, le=9)]] | None = Field(None, min_length=1)
+    """Only these digits, such as ``[0]``; by default all."""
+    speakers: list[str] | None = Field(None, min_length=1)
+    """Only these speakers, such as ``["jackson"]``; by default all."""
+    n_train: int = Field(1000, ge=1)
+    """Utterances for training, at most: all, if there are fewer."""
+    split_seed: int = Field(0, ge=0)
+    """Determines which utterances are for training and validation, and their order."""
+
+
+class SpokenDigits(AudioDataset[SpokenDigitsParams]):
     """English digits spoken by six people, 8 kHz, in Hann-windowed chunks of 100 ms.
 
     The Free Spoken Digit Dataset, version 1.0.10, and its official test split: recordings 0 to 4
@@ -57,27 +70,23 @@ class SpokenDigits(AudioDataset):
     tenth (at least one) is for validation and the next ``n_train`` are for training: a smaller
     training set is the beginning of a larger one. Test recordings are ordered by index, speaker and
     digit. Each recording is divided by its standard deviation. Any part of the files will do.
+
+    Chunks are labelled by ``digit``, 0 to 9, and by ``speaker``, the speaker's number in the
+    alphabetical order of all that have a file in the folder, counted from 0, chosen or not.
     """
 
     name = "spoken-digits"
 
-    class Params(Params):
-        """Parameters of ``spoken-digits``."""
-
-        digits: list[Annotated[int, Field(ge=0, le=9)]] | None = Field(None, min_length=1)
-        """Only these digits, such as ``[0]``; by default all."""
-        speakers: list[str] | None = Field(None, min_length=1)
-        """Only these speakers, such as ``["jackson"]``; by default all."""
-        n_train: int = Field(1000, ge=1)
-        """Utterances for training, at most: all, if there are fewer."""
-        split_seed: int = Field(0, ge=0)
-        """Determines which utterances are for training and validation, and their order."""
-
     def load(self, sources: Sources) -> Splits:
         """Read the recordings, or download them into the cache if there are none."""
         folder = sources.find(RECORDINGS) or download(sources)
-        splits = self._split(self._chosen(list_recordings(folder), folder), folder)
-        return Splits(*(read_all(folder, split) for split in splits))
+        found = list_recordings(folder)
+        speakers = sorted({recording.speaker for recording in found})
+        train, valid, test = (
+            read_all(folder, split, speakers)
+            for split in self._split(self._chosen(found, folder), folder)
+        )
+        return Splits(train, valid, test)
 
     def _chosen(self, found: list[Recording], folder: Path) -> list[Recording]:
         """Return the recordings of the given digits and speakers."""
@@ -125,7 +134,9 @@ def list_recordings(folder: Path) -> list[Recording]:
     )
 
 
-def require_known(field: str, wanted: Iterable[Any] | None, known: set[Any], folder: Path) -> None:
+def require_known(
+    field: str, wanted: Iterable[int | str] | None, known: set[int | str], folder: Path
+) -> None:
     """Raise :class:`DataError` if ``wanted`` has something that is not in ``known``."""
     for value in wanted or ():
         if value not in known:
@@ -133,16 +144,27 @@ def require_known(field: str, wanted: Iterable[Any] | None, known: set[Any], fol
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise DataError(
                 f"dataset spoken-digits: {field}s must be of those in {folder}; got '{value}'."
-                f"{hint} Known: {', '.join(map(str, sorted(known)))}."
+                f"{hint} Known: {', '.join(sorted(map(str, known)))}."
             )
 
 
-def read_all(folder: Path, recordings: Sequence[Recording]) -> Examples:
-    """Return the chunks of all recordings, in their order."""
-    return chunked(
+def read_all(folder: Path, recordings: Sequence[Recording], speakers: Sequence[str]) -> Examples:
+    """Return the chunks of all recordings, in their order, labelled.
+
+    Arguments:
+        folder: Where they are.
+        recordings: Which to read.
+        speakers: Names in the order of their numbers.
+    """
+    labels = {
+        "digit": [recording.digit for recording in recordings],
+        "speaker": [speakers.index(recording.speaker) for recording in recordings],
+    }
+    signals = (
         read_recording(folder / recording.file, "spoken-digits", CHUNK_SIZE / RATE)
         for recording in recordings
     )
+    return chunked(signals, labels)
 
 
 def download(sources: Sources) -> Path:

@@ -11,14 +11,20 @@ from torch import Tensor
 
 from imlbench import DataError, Params, Sources, Splits
 from imlbench_audio.audio import AudioDataset
-from imlbench_audio.etude import synthesize
 from imlbench_audio.framing import HOP, chunked
 from imlbench_audio.recordings import read_recording
 
 SUFFIXES = (".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
 
 
-class Violin(AudioDataset):
+class ViolinParams(Params):
+    """Parameters of ``violin``."""
+
+    path: str | None = Field(None, min_length=1)
+    """The audio file: WAV, AIFF, FLAC, Ogg, Opus or MP3, of any instrument."""
+
+
+class Violin(AudioDataset[ViolinParams]):
     """A recording of at least 10 s, at 8 kHz, in Hann-windowed chunks of 100 ms.
 
     By default the alphabetically first audio file in the folder ``violin``. The recording is mixed
@@ -28,12 +34,6 @@ class Violin(AudioDataset):
 
     name = "violin"
 
-    class Params(Params):
-        """Parameters of ``violin``."""
-
-        path: str | None = Field(None, min_length=1)
-        """The audio file: WAV, AIFF, FLAC, Ogg, Opus or MP3, of any instrument."""
-
     def load(self, sources: Sources) -> Splits:
         """Read the recording."""
         named = self.params.path
@@ -41,7 +41,14 @@ class Violin(AudioDataset):
         return split_in_time(read_recording(path, "violin", min_seconds=10), f"violin: {path}")
 
 
-class SynthViolin(AudioDataset):
+class SynthViolinParams(Params):
+    """Parameters of ``synth-violin``."""
+
+    seconds: int = Field(120, ge=10, le=600)
+    """How long it lasts."""
+
+
+class SynthViolin(AudioDataset[SynthViolinParams]):
     """A bowed-string étude computed by this program, at 8 kHz; not a recording of a violin.
 
     Scales and arpeggios played by a band-limited sawtooth with vibrato, bow noise, a resonant body
@@ -51,14 +58,10 @@ class SynthViolin(AudioDataset):
 
     name = "synth-violin"
 
-    class Params(Params):
-        """Parameters of ``synth-violin``."""
-
-        seconds: int = Field(120, ge=10, le=600)
-        """How long it lasts."""
-
     def load(self, sources: Sources) -> Splits:
         """Compute the étude."""
+        from imlbench_audio.etude import synthesize  # loads scipy
+
         signal = torch.from_numpy(synthesize(self.params.seconds, np.random.default_rng(0)))
         scaled = (signal / signal.std(correction=0)).to(torch.float32)
         return split_in_time(scaled, "synth-violin")
@@ -112,4 +115,5 @@ def split_in_time(signal: Tensor, where: str) -> Splits:
             f"dataset {where} must hold sound in its first eight tenths, the ninth and the last "
             f"(train, valid, test); got silence in {', '.join(silent)}. Cut silence off its ends."
         )
-    return Splits(*(chunked([part]) for part in parts))
+    train, valid, test = (chunked([part]) for part in parts)
+    return Splits(train, valid, test)

@@ -1,10 +1,10 @@
 """Generative adversarial networks."""
 
-from imlbench import Model, hookimpl
+from imlbench import AnyModel, hookimpl
 
 
 @hookimpl
-def imlbench_models() -> list[type[Model]]:
+def imlbench_models() -> list[type[AnyModel]]:
     """Return the model classes."""
     from imlbench_gan.gan import GAN, WGAN
 

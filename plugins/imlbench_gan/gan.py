@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from itertools import count
-from typing import Any, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from imlbench import Diverged, Examples, FitContext, Kind, Model, Params, Space
+from imlbench import Diverged, Examples, FitContext, Kind, Model, Params, Space, from_data
 from imlbench.networks import (
     Bounded,
     convolutional_decoder,
     convolutional_encoder,
+    fill_sizes,
     is_convolutional,
     perceptron,
 )
@@ -44,25 +45,29 @@ SAMPLE_BATCH = 1000
 class AdversarialParams(Params):
     """Parameters of every adversarial model."""
 
-    latent_dim: int | None = Field(None, ge=1)
+    latent_dim: int = from_data(ge=1)
     """Number of latent dimensions, K; by default 20, for larger images 100."""
-    hidden_dim: int = Field(600, ge=1)
-    """Width of the generator's hidden layer; not used for larger images."""
-    discriminator_dim: int = Field(200, ge=1)
-    """Width of the discriminator's hidden layer; not used for larger images."""
-    width: int = Field(128, ge=1)
-    """Channels of the DC-GAN's layers next to the image; only for larger images."""
-    activation: Literal["tanh", "relu"] = "relu"
-    """Between the generator's layers; not used for larger images, where it is ReLU."""
-    epochs: int | None = Field(None, ge=1)
+    hidden_dim: int = from_data(ge=1)
+    """Width of the generator's hidden layer, by default 600; not used for larger images."""
+    discriminator_dim: int = from_data(ge=1)
+    """Width of the discriminator's hidden layer, by default 200; not used for larger images."""
+    width: int = from_data(ge=1)
+    """Channels of the DC-GAN's layers next to the image, by default 128; only for larger images."""
+    activation: Literal["tanh", "relu"] = from_data()
+    """Between the generator's layers; not used for larger images, where it is ReLU. By default tanh
+    for ``gan`` and relu for ``wgan``."""
+    epochs: int = from_data(ge=1)
     """Passes of the discriminator over the training set; by default as many as `n_steps` needs."""
-    n_steps: int = Field(10_000, ge=1)
-    """Steps of the discriminator, at least, if `epochs` is not given."""
+    n_steps: int = from_data(ge=1)
+    """Steps of the discriminator, at least, if `epochs` is not given; by default 10,000."""
     batch_size: int = Field(64, ge=1)
     """Examples per step; fewer on small data, so that an epoch has at least 50 steps."""
 
 
-class Adversarial(Model):
+P = TypeVar("P", bound=AdversarialParams)
+
+
+class Adversarial(Model[P]):
     """A generator, and a discriminator that tells its samples from data.
 
     The networks are perceptrons, K-600-D and D-200-1 with leaky ReLU, or for larger images those of
@@ -73,12 +78,11 @@ class Adversarial(Model):
     """
 
     family = "gan"
-    kinds: frozenset[Kind] = frozenset({"vector", "image"})
-    Params = AdversarialParams
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"vector", "image"})
     mean: Tensor
     std: Tensor
 
-    def __init__(self, params: Any, space: Space) -> None:
+    def __init__(self, params: P, space: Space) -> None:
         super().__init__(params, space)
         self.generator, self.discriminator = make_networks(params, space, self.has_batch_norm)
         shape = () if space.value_range else space.event_shape
@@ -86,10 +90,14 @@ class Adversarial(Model):
         self.register_buffer("std", torch.ones(shape))
 
     @classmethod
-    def resolve(cls, params: Any, space: Space) -> Any:
-        """Fill in the number of latent dimensions."""
-        default = 100 if is_convolutional(space) else 20
-        return params.model_copy(update={"latent_dim": params.latent_dim or default})
+    def resolve(cls, params: P, space: Space) -> P:
+        """Fill in the sizes of the networks, and either epochs or steps."""
+        params = fill_sizes(params, space)
+        if is_convolutional(space):
+            params = params.without("discriminator_dim", "activation")
+        else:
+            params = params.filled(discriminator_dim=200, activation="relu")
+        return params.without("n_steps") if params.epochs else params.filled(n_steps=10_000)
 
     @property
     def has_batch_norm(self) -> bool:
@@ -137,7 +145,7 @@ class Adversarial(Model):
         self._standardize_by(reference)
         steps_per_epoch = n_steps_for(len(train), self.params.batch_size, 1)
         train_epochs(
-            self._make_step(context.generator("noise")),
+            self._make_step(train, context.generator("noise")),
             train,
             n_epochs=self.params.epochs or math.ceil(self.params.n_steps / steps_per_epoch),
             batch_size=self.params.batch_size,
@@ -152,14 +160,17 @@ class Adversarial(Model):
             self.mean.copy_(reference.mean(dim=0))
             self.std.copy_(torch.where(std > 0, std, 1.0))
 
-    def _make_step(self, noise: torch.Generator) -> Callable[[Tensor], dict[str, Tensor]]:
+    def _make_step(
+        self, train: Examples, noise: torch.Generator
+    ) -> Callable[[Tensor], dict[str, Tensor]]:
         """Return the step of the discriminator, with one of the generator every `n_critic`."""
         turns = count(1)
         discriminator = self.make_optimizer(self.discriminator.parameters())
         generator = self.make_optimizer(self.generator.parameters())
 
-        def step(x: Tensor) -> dict[str, Tensor]:
-            values = self._step_discriminator((x - self.mean) / self.std, noise, discriminator)
+        def step(rows: Tensor) -> dict[str, Tensor]:
+            x = (train[rows] - self.mean) / self.std
+            values = self._step_discriminator(x, noise, discriminator)
             if next(turns) % self.n_critic == 0:
                 self._step_generator(len(x), noise, generator)
             return values
@@ -213,7 +224,14 @@ class Adversarial(Model):
         )
 
 
-class GAN(Adversarial):
+class GANParams(AdversarialParams):
+    """Parameters of ``gan``."""
+
+    learning_rate: float = Field(2e-4, gt=0)
+    """Learning rate of Adam, for both networks."""
+
+
+class GAN(Adversarial[GANParams]):
     r"""The generative adversarial network (https://arxiv.org/abs/1406.2661).
 
     The discriminator's output is the logit of an example being real. Its loss and the generator's,
@@ -227,13 +245,10 @@ class GAN(Adversarial):
 
     name = "gan"
 
-    class Params(AdversarialParams):
-        """Parameters of ``gan``."""
-
-        activation: Literal["tanh", "relu"] = "tanh"
-        """Between the generator's layers; not used for larger images, where it is ReLU."""
-        learning_rate: float = Field(2e-4, gt=0)
-        """Learning rate of Adam, for both networks."""
+    @classmethod
+    def resolve(cls, params: GANParams, space: Space) -> GANParams:
+        """Fill in tanh as the activation, too."""
+        return super().resolve(params.filled(activation="tanh"), space)
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         """Return Adam as the DC-GAN uses it."""
@@ -259,7 +274,25 @@ class GAN(Adversarial):
         return super().failure(values)
 
 
-class WGAN(Adversarial):
+class WGANParams(AdversarialParams):
+    """Parameters of ``wgan``."""
+
+    n_critic: int = Field(5, ge=1)
+    """Steps of the critic for each of the generator."""
+    clip: float = from_data(gt=0)
+    """Largest absolute value of the critic's weights, by default 0.01, if there is no gradient
+    penalty."""
+    gradient_penalty: float = Field(0.0, ge=0)
+    """Weight of the gradient penalty, such as 10; 0 clips the weights instead."""
+    learning_rate: float = from_data(gt=0)
+    """Of both networks.
+
+    By default 1e-4 with a gradient penalty, and else 5e-5 for the DC-GAN, as in the papers, but
+    2e-4 for perceptrons, which are far from trained after 10,000 steps at 5e-5.
+    """
+
+
+class WGAN(Adversarial[WGANParams]):
     r"""The Wasserstein GAN (https://arxiv.org/abs/1701.07875).
 
     The discriminator, here called critic, has no bounded output. It maximises
@@ -270,22 +303,6 @@ class WGAN(Adversarial):
 
     name = "wgan"
 
-    class Params(AdversarialParams):
-        """Parameters of ``wgan``."""
-
-        n_critic: int = Field(5, ge=1)
-        """Steps of the critic for each of the generator."""
-        clip: float = Field(0.01, gt=0)
-        """Largest absolute value of the critic's weights, if there is no gradient penalty."""
-        gradient_penalty: float = Field(0.0, ge=0)
-        """Weight of the gradient penalty, such as 10; 0 clips the weights instead."""
-        learning_rate: float | None = Field(None, gt=0)
-        """Of both networks.
-
-        By default 1e-4 with a gradient penalty, and else 5e-5 for the DC-GAN, as in the papers, but
-        2e-4 for perceptrons, which are far from trained after 10,000 steps at 5e-5.
-        """
-
     @property
     def has_batch_norm(self) -> bool:
         """Not with a gradient penalty, for which examples must not depend on each other."""
@@ -294,15 +311,17 @@ class WGAN(Adversarial):
     @property
     def n_critic(self) -> int:
         """Steps of the critic for each of the generator."""
-        return int(self.params.n_critic)
+        return self.params.n_critic
 
     @classmethod
-    def resolve(cls, params: Any, space: Space) -> Any:
-        """Fill in the learning rate, too."""
-        clipped = 5e-5 if is_convolutional(space) else 2e-4
-        default = 1e-4 if params.gradient_penalty else clipped
-        rate = params.learning_rate or default
-        return super().resolve(params.model_copy(update={"learning_rate": rate}), space)
+    def resolve(cls, params: WGANParams, space: Space) -> WGANParams:
+        """Fill in the learning rate and what constrains the critic, too."""
+        if params.gradient_penalty:
+            params = params.filled(learning_rate=1e-4).without("clip")
+        else:
+            rate = 5e-5 if is_convolutional(space) else 2e-4
+            params = params.filled(learning_rate=rate, clip=0.01)
+        return super().resolve(params, space)
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
         """Return RMSprop, or Adam with a gradient penalty, as the two papers do."""
@@ -354,12 +373,12 @@ def gradient_penalty(
 
 
 def make_networks(
-    params: Any, space: Space, has_batch_norm: bool
+    params: AdversarialParams, space: Space, has_batch_norm: bool
 ) -> tuple[nn.Sequential, nn.Sequential]:
     """Return generator and discriminator: the DC-GAN's for larger images, else perceptrons.
 
     Arguments:
-        params: Those of :class:`AdversarialParams`.
+        params: As the model resolved them.
         space: The space of the data.
         has_batch_norm: Normalise the DC-GAN's discriminator, too.
     """
@@ -394,7 +413,7 @@ class _Watch:
     """
 
     def __init__(
-        self, model: Adversarial, reference: Tensor, context: FitContext, steps_per_epoch: int
+        self, model: Adversarial[P], reference: Tensor, context: FitContext, steps_per_epoch: int
     ) -> None:
         self._model, self._context = model, context
         self._spread = _spread(reference)

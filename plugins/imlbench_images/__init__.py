@@ -1,10 +1,11 @@
 """Image datasets."""
 
-from imlbench import Dataset, hookimpl
+from imlbench import hookimpl
+from imlbench.api import AnyDataset
 
 
 @hookimpl
-def imlbench_datasets() -> list[type[Dataset]]:
+def imlbench_datasets() -> list[type[AnyDataset]]:
     """Return the dataset classes."""
     from imlbench_images import celeba, digits, mnist
 

@@ -9,22 +9,20 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import BinaryIO, Literal, TypeVar
 
 import numpy as np
 import torch
-import torchvision
 from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field, ValidationInfo, field_validator
 from rich.console import Console
 from rich.progress import Progress
-from torchvision.datasets.utils import download_file_from_google_drive, extract_archive
 
 from imlbench import DataError, Dataset, Examples, Params, Sources, Space, Splits
 from imlbench_images.faces import FaceCrop, NoFace
@@ -40,9 +38,30 @@ CODE_VERSION = 1
 """Raised when the same files and parameters decode to other pixels than before."""
 
 Crop = Callable[[Image.Image], Image.Image]
+Decoded = tuple[str, NDArray[np.uint8] | Exception]
+"""A file's name, and its pixels or what is wrong with it."""
+_T = TypeVar("_T")
 
 
-class CelebA(Dataset):
+class CelebAParams(Params):
+    """Parameters of ``celeba``."""
+
+    size: Literal[8, 16, 32, 64, 128] = 64
+    """Height and width of an example, in pixels."""
+    crop: Literal["center", "face"] = "center"
+    """Which square of the photograph: its centre, or the face (needs ``imlbench[faces]``)."""
+    crop_size: int = Field(108, ge=8, le=178)
+    """Side of the central square before it is resized, in pixels of the photograph."""
+
+    @field_validator("crop_size")
+    @classmethod
+    def _is_for_the_center(cls, crop_size: int, info: ValidationInfo) -> int:
+        if info.data.get("crop") == "face" and crop_size != 108:
+            raise ValueError("must be left out with crop=face, where the detector decides")
+        return crop_size
+
+
+class CelebA(Dataset[CelebAParams]):
     """Celebrity faces, RGB, cropped and resized to 64x64 pixels in [-1, 1]; official partition.
 
     Any part of the images will do: those that are in ``celeba/img_align_celeba`` are used. They
@@ -57,23 +76,6 @@ class CelebA(Dataset):
     """
 
     name = "celeba"
-
-    class Params(Params):
-        """Parameters of ``celeba``."""
-
-        size: Literal[8, 16, 32, 64, 128] = 64
-        """Height and width of an example, in pixels."""
-        crop: Literal["center", "face"] = "center"
-        """Which square of the photograph: its centre, or the face (needs ``imlbench[faces]``)."""
-        crop_size: int = Field(108, ge=8, le=178)
-        """Side of the central square before it is resized, in pixels of the photograph."""
-
-        @field_validator("crop_size")
-        @classmethod
-        def _is_for_the_center(cls, crop_size: int, info: ValidationInfo) -> int:
-            if info.data.get("crop") == "face" and crop_size != 108:
-                raise ValueError("must be left out with crop=face, where the detector decides")
-            return crop_size
 
     @property
     def space(self) -> Space:
@@ -225,14 +227,17 @@ def download(sources: Sources) -> Path:
     if sources.offline:
         remedy = "Run once without --offline to download it, or name its folder by --data-dir."
         raise sources.missing("celeba", IMAGES, remedy)
+    from torchvision.datasets import CelebA as Original
+    from torchvision.datasets import utils
+
     target = sources.cache_dir / "celeba"
     incomplete = sources.cache_dir / "celeba-incomplete"  # not where images are looked for
     archive = "img_align_celeba.zip"
     try:
-        for file_id, md5, name in torchvision.datasets.CelebA.file_list:
+        for file_id, md5, name in Original.file_list:
             if name in (archive, PARTITION):
-                download_file_from_google_drive(file_id, str(incomplete), name, md5)
-        extract_archive(str(incomplete / archive), str(incomplete), remove_finished=True)
+                utils.download_file_from_google_drive(file_id, str(incomplete), name, md5)
+        utils.extract_archive(str(incomplete / archive), str(incomplete), remove_finished=True)
         incomplete.rename(target)
     except Exception as error:  # Google Drive's client has exceptions of its own
         remedy = (
@@ -311,9 +316,7 @@ class _Skipped:
         self.damaged: dict[str, str] = {}
         self.n_without_face = 0
 
-    def leave_out(
-        self, results: Iterable[tuple[str, NDArray[np.uint8] | Exception]]
-    ) -> Iterator[NDArray[np.uint8]]:
+    def leave_out(self, results: Iterable[Decoded]) -> Iterator[NDArray[np.uint8]]:
         """Yield the images, and keep account of the exceptions."""
         for name, result in results:
             if isinstance(result, NoFace):
@@ -335,15 +338,15 @@ class _Skipped:
             )
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         return {"damaged": self.damaged, "n_without_face": self.n_without_face}
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, function: Callable[[str], Any], names: Iterable[str]
-) -> Iterator[Any]:
+    pool: ThreadPoolExecutor, function: Callable[[str], _T], names: Iterable[str]
+) -> Iterator[_T]:
     """Yield ``function`` of every name, in order, computing no more than 256 ahead."""
-    pending: deque[Any] = deque()
+    pending: deque[Future[_T]] = deque()
     for name in names:
         pending.append(pool.submit(function, name))
         if len(pending) == 256:
@@ -382,7 +385,7 @@ def write_array(
     return n
 
 
-def _write_header(file: Any, n: int, shape: tuple[int, ...]) -> None:
+def _write_header(file: BinaryIO, n: int, shape: tuple[int, ...]) -> None:
     header = {"descr": "|u1", "fortran_order": False, "shape": (n, *shape)}
     np.lib.format.write_array_header_1_0(file, header)
 
@@ -396,12 +399,14 @@ def read_decoded(folder: Path) -> Splits | None:
     except (OSError, ValueError, KeyError):
         return None
     _warn(facts["damaged"])
-    parts = (Examples(torch.from_numpy(a), scale=1 / 127.5, offset=-1.0) for a in arrays)
-    return Splits(*parts, fingerprint=facts["fingerprint"])
+    train, valid, test = (
+        Examples(torch.from_numpy(array), scale=1 / 127.5, offset=-1.0) for array in arrays
+    )
+    return Splits(train, valid, test, fingerprint=facts["fingerprint"])
 
 
 @contextmanager
-def _progress(n_images: int) -> Iterator[Callable[[Iterator[Any]], Iterator[Any]]]:
+def _progress(n_images: int) -> Iterator[Callable[[Iterator[Decoded]], Iterator[Decoded]]]:
     """Show a bar on a terminal, a line elsewhere; give the function that counts what it yields."""
     console = _console()
     if not console.is_terminal:
@@ -409,7 +414,7 @@ def _progress(n_images: int) -> Iterator[Callable[[Iterator[Any]], Iterator[Any]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("celeba: decoding", total=n_images)
 
-        def count(items: Iterator[Any]) -> Iterator[Any]:
+        def count(items: Iterator[Decoded]) -> Iterator[Decoded]:
             for item in items:
                 progress.advance(task)
                 yield item

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL.Image import Image
 
 from imlbench import DataError
@@ -14,8 +16,24 @@ CASCADE = "haarcascade_frontalface_alt2.xml"
 """Of OpenCV's frontal-face models the one whose boxes vary least on aligned CelebA."""
 
 
+Box = tuple[int, int, int, int]
+"""Left, top, width and height, in pixels."""
+Size = tuple[int, int]
+"""Width and height, in pixels."""
+
+
 class NoFace(Exception):
     """No face was found in an image."""
+
+
+class _Detector(Protocol):
+    """What is used of OpenCV's ``CascadeClassifier``."""
+
+    def empty(self) -> bool: ...
+
+    def detectMultiScale(
+        self, image: NDArray[np.uint8], factor: float, n_neighbours: int, *, minSize: Size
+    ) -> Sequence[Box]: ...
 
 
 class FaceCrop:
@@ -38,7 +56,7 @@ class FaceCrop:
             import cv2
 
             path = cv2.data.haarcascades + CASCADE
-            self._load = lambda: cv2.CascadeClassifier(path)
+            self._load: Callable[[], _Detector] = lambda: cv2.CascadeClassifier(path)
             usable = not self._load().empty()
         except (ImportError, AttributeError):  # OpenCV 5 has neither the class nor the models
             usable = False
@@ -65,8 +83,9 @@ class FaceCrop:
         return image.crop((int(left), int(top), int(left + width), int(top + height)))
 
     @property
-    def _detector(self) -> Any:
+    def _detector(self) -> _Detector:
         """This thread's detector; one cannot be shared."""
         if not hasattr(self._local, "detector"):
             self._local.detector = self._load()
-        return self._local.detector
+        detector: _Detector = self._local.detector
+        return detector

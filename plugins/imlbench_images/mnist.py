@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
-import torchvision
 from pydantic import Field
 from torch import Tensor
 
@@ -23,20 +22,24 @@ CHECKSUMS = {
 """MD5 of the uncompressed files, as published with torchvision."""
 
 
-class MNIST(Dataset):
-    """70,000 handwritten digits, 28x28 pixels in [0, 1]; the standard test set of 10,000."""
+class MNISTParams(Params):
+    """Parameters of ``mnist``."""
+
+    valid_size: int = Field(5000, ge=1)
+    """Examples of the 60,000 for training that are held out for validation."""
+    split_seed: int = Field(0, ge=0)
+    """Determines which examples are held out."""
+    classes: list[Annotated[int, Field(ge=0, le=9)]] | None = Field(None, min_length=1)
+    """Only these digits, such as ``[0, 1]``; by default all."""
+
+
+class MNIST(Dataset[MNISTParams]):
+    """70,000 handwritten digits, 28x28 pixels in [0, 1]; the standard test set of 10,000.
+
+    Labelled by ``digit``, 0 to 9.
+    """
 
     name = "mnist"
-
-    class Params(Params):
-        """Parameters of ``mnist``."""
-
-        valid_size: int = Field(5000, ge=1)
-        """Examples of the 60,000 for training that are held out for validation."""
-        split_seed: int = Field(0, ge=0)
-        """Determines which examples are held out."""
-        classes: list[Annotated[int, Field(ge=0, le=9)]] | None = Field(None, min_length=1)
-        """Only these digits, such as ``[0, 1]``; by default all."""
 
     @property
     def space(self) -> Space:
@@ -49,28 +52,48 @@ class MNIST(Dataset):
         if raw is None:
             raw = self._download(sources)
         verify_checksums(raw, CHECKSUMS)
-        root = raw.parent.parent
-        rest, test = (self._images(root, train) for train in (True, False))
-        train, valid = hold_out(len(rest), self.params.valid_size, self.params.split_seed, "mnist")
-        return Splits(*(Examples(part, scale=1 / 255) for part in (rest[train], rest[valid], test)))
+        rest, test = (self._read(raw.parent.parent, train) for train in (True, False))
+        n_valid, seed = self.params.valid_size, self.params.split_seed
+        train, valid = hold_out(len(rest.images), n_valid, seed, self.name)
+        return Splits(rest.examples(train), rest.examples(valid), test.examples(slice(None)))
 
-    def _images(self, root: Path, train: bool) -> Tensor:
-        data = torchvision.datasets.MNIST(root, train=train)
-        if self.params.classes is None:
-            return data.data[:, None]
-        return data.data[torch.isin(data.targets, torch.tensor(self.params.classes))][:, None]
+    def _read(self, root: Path, train: bool) -> Labelled:
+        """Return one of the two original sets, reduced to the chosen classes."""
+        from torchvision.datasets import MNIST as Original
+
+        original = Original(root, train=train)
+        chosen = torch.isin(original.targets, torch.tensor(self.params.classes or range(10)))
+        return Labelled(original.data[chosen][:, None], original.targets[chosen])
 
     def _download(self, sources: Sources) -> Path:
         if sources.offline:
             remedy = "Run once without --offline to download it, or name its folder by --data-dir."
             raise sources.missing("mnist", "MNIST/raw", remedy)
+        from torchvision.datasets import MNIST as Original
+
         try:
-            torchvision.datasets.MNIST(sources.cache_dir, download=True)
+            Original(sources.cache_dir, download=True)
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             remedy = f"Download failed ({reason}). Name a folder that has it by --data-dir."
             raise sources.missing("mnist", "MNIST/raw", remedy) from error
         return sources.cache_dir / "MNIST" / "raw"
+
+
+class Labelled(NamedTuple):
+    """Images as they are stored, and the digit that each shows.
+
+    Arguments:
+        images: uint8, shape (N, 1, 28, 28).
+        digits: int64, shape (N,).
+    """
+
+    images: Tensor
+    digits: Tensor
+
+    def examples(self, rows: Tensor | slice) -> Examples:
+        """Return some of them as examples."""
+        return Examples(self.images[rows], scale=1 / 255, labels={"digit": self.digits[rows]})
 
 
 def verify_checksums(folder: Path, checksums: dict[str, str]) -> None:

@@ -173,9 +173,13 @@ class InvertibleNetwork(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.event_shape = event_shape
 
+    @property
+    def _layers(self) -> list[Layer]:
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
+
     def decode(self, h: Tensor) -> Tensor:
         r"""Map latents (N, K) to data :math:`(N, *event\_shape)`."""
-        for layer in self.layers:
+        for layer in self._layers:
             h = layer(h)
         return h.unflatten(1, self.event_shape)
 
@@ -186,7 +190,7 @@ class InvertibleNetwork(nn.Module):
             x: The data.
             noise: Added to the inverse of the output activation, shape (N, D).
         """
-        *inner, output = self.layers
+        *inner, output = self._layers
         h = output.inverse(x.flatten(1))
         if noise is not None:
             h = h + noise
@@ -197,7 +201,7 @@ class InvertibleNetwork(nn.Module):
     def log_volume_layerwise(self, h: Tensor) -> Tensor:
         """Return the sum of the layers' own log volume changes at h, shape (N,)."""
         total = h.new_zeros(len(h))
-        for layer in self.layers:
+        for layer in self._layers:
             total = total + layer.log_volume(h)
             h = layer(h)
         return total
@@ -205,7 +209,7 @@ class InvertibleNetwork(nn.Module):
     def log_volume_manifold(self, h: Tensor) -> Tensor:
         r"""Return :math:`\frac 1 2 \log\det J^\top J` of the whole decoder at h, shape (N,)."""
         tangents = torch.eye(h.shape[1], dtype=h.dtype, device=h.device).expand(len(h), -1, -1)
-        for layer in self.layers:
+        for layer in self._layers:
             tangents = layer.push_forward(tangents, h)
             h = layer(h)
         return torch.linalg.cholesky(tangents @ tangents.mT).diagonal(dim1=1, dim2=2).log().sum(1)

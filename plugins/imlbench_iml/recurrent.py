@@ -38,6 +38,8 @@ class RecurrentMixture(Density):
     them apart is the same at all times, and starts from a mixture that knows nothing of time. With
     components all its own at every step it would overfit recordings of minutes.
 
+    After :meth:`fit`, ``n_iter`` is the number of steps that were taken.
+
     Latents are standardised inside. While it is fitted, noise is added to what the network sees of
     the past, but not to what it predicts: it overfits less, and a sampled sequence, which is fed
     its own errors, stays on track.
@@ -88,7 +90,7 @@ class RecurrentMixture(Density):
         self.n_units = self._at_least("n_units", n_units, 1)
         self.max_iter = self._at_least("max_iter", max_iter, 1)
         self.learning_rate, self.batch_size, self.n_chunks = learning_rate, batch_size, n_chunks
-        self.input_noise, self.patience = input_noise, patience
+        self.input_noise, self.patience, self.n_iter = input_noise, patience, 0
         self.register_buffer("mean", torch.zeros(n_dims, dtype=torch.float64))
         self.register_buffer("scale", torch.ones(n_dims, dtype=torch.float64))
         self.cell = nn.GRU(n_dims, n_units, batch_first=True)
@@ -152,6 +154,7 @@ class RecurrentMixture(Density):
                 greatest, best = value, self._snapshot()
             if n_worse == self.patience:
                 break
+        self.n_iter = iteration
         self.load_state_dict(best)
 
     def _loss(self, z: Tensor, rows: Tensor, inside: Tensor, generator: Generator) -> Tensor:

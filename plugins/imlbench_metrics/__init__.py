@@ -1,23 +1,24 @@
 """Metrics: kernel density estimates, likelihoods of invertible models, reconstruction error."""
 
-from imlbench import Metric, hookimpl
+from imlbench import hookimpl
+from imlbench.api import AnyMetric
 
 
 @hookimpl
-def imlbench_metrics() -> list[type[Metric]]:
-    """Return the metrics, the paper's main one first."""
+def imlbench_metrics() -> list[type[AnyMetric]]:
+    """Return the metric classes."""
     from imlbench_metrics import calibration, components, kde, likelihood, reconstruction
 
     return [
         kde.PaperKDE,
-        likelihood.LogLikelihood,
-        calibration.LogLikelihoodGap,
-        likelihood.ManifoldLogLikelihood,
-        reconstruction.ReconstructionError,
-        calibration.ModesCovered,
         kde.KDE,
         kde.TunedKDE,
+        likelihood.LogLikelihood,
+        likelihood.ManifoldLogLikelihood,
         likelihood.LayerwiseLogLikelihood,
         likelihood.BaseLogLikelihood,
-        components.EffectiveComponents,
+        calibration.LogLikelihoodGap,
+        calibration.ModesCovered,
+        components.ComponentsInUse,
+        reconstruction.ReconstructionError,
     ]

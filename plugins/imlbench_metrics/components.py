@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from imlbench import Evaluation, Metric, Score
+from typing import cast
+
+from imlbench import EffectiveComponents, Evaluation, Metric, Params, Score
 
 
-class EffectiveComponents(Metric):
+class ComponentsInUse(Metric[Params]):
     """Number of mixture components in use: the perplexity of the weights."""
 
     name = "effective_components"
     higher_is_better = None
-    requires = frozenset({"effective_components"})
+    value_range = (1.0, None)
+    position = 60
+    requires = (EffectiveComponents,)
 
     def compute(self, evaluation: Evaluation) -> Score:
         """Ask the model."""
-        return Score(evaluation.model.effective_components())
+        return Score(cast(EffectiveComponents, evaluation.model).effective_components())

@@ -11,16 +11,99 @@ from __future__ import annotations
 import math
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from imlbench import Evaluation, Examples, Metric, Score
+from imlbench import Evaluation, Examples, Metric, Params, Score
 from imlbench.densities import kde_log_prob
 
-PAPER_BANDWIDTH = 0.2
-"""The standard deviation that reproduces Table 1 of https://arxiv.org/abs/1803.04357."""
+
+class KDEParams(Params):
+    """Parameters of ``kde`` and of ``kde_paper``."""
+
+    h: float = Field(0.2, gt=0)
+    """Standard deviation of the kernel, in units of the data; 0.2 reproduces the paper's Table 1.
+    """
 
 
-def _log_density(
+class TunedKDEParams(Params):
+    """Parameters of ``kde_tuned``."""
+
+    log10_h_min: float = Field(-2.0, ge=-10, le=10)
+    """Decimal logarithm of the least standard deviation that is tried, in units of the data."""
+    log10_h_max: float = Field(0.5, ge=-10, le=10)
+    """Decimal logarithm of the greatest."""
+    n_h: int = Field(61, ge=2)
+    """How many are tried, in equal ratios: 61 from 0.01 to 3.16 are steps of 10 %."""
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> TunedKDEParams:
+        if self.log10_h_min >= self.log10_h_max:
+            raise ValueError(f"log10_h_min must be less than log10_h_max; got {self.log10_h_min}")
+        return self
+
+
+class KDE(Metric[KDEParams]):
+    """Kernel density estimate, normalised; mean over test examples and draws."""
+
+    name = "kde"
+    unit = "nats"
+    higher_is_better = True
+    reference = "https://arxiv.org/abs/1511.01844"
+    position = 40
+    needs_samples = True
+
+    def compute(self, evaluation: Evaluation) -> Score:
+        """Compute the mean log-density of the test set."""
+        h = self.params.h
+        return score(evaluation, mean_over_draws(evaluation, h), h)
+
+
+class PaperKDE(Metric[KDEParams]):
+    r"""Kernel density estimate on the scale of the paper's Table 1.
+
+    The paper sums over the samples and does not divide by their number, so that the value is
+    ``kde`` :math:`+ \log M` and grows with :math:`M`.
+    """
+
+    name = "kde_paper"
+    unit = "nats"
+    higher_is_better = True
+    reference = "https://arxiv.org/abs/1803.04357"
+    position = 0
+    needs_samples = True
+
+    def compute(self, evaluation: Evaluation) -> Score:
+        """Compute the mean log-sum over samples."""
+        h, n_samples = self.params.h, evaluation.samples.shape[1]
+        return score(evaluation, mean_over_draws(evaluation, h) + math.log(n_samples), h)
+
+
+class TunedKDE(Metric[TunedKDEParams]):
+    """Kernel density estimate, normalised, with the bandwidth that is best on the validation split.
+
+    The bandwidth is chosen for every model by itself, from a geometric grid, on validation examples
+    and the first draw.
+    """
+
+    name = "kde_tuned"
+    unit = "nats"
+    higher_is_better = True
+    reference = "https://arxiv.org/abs/1511.01844"
+    position = 41
+    needs_samples = True
+
+    def compute(self, evaluation: Evaluation) -> Score:
+        """Choose the bandwidth, then compute the mean log-density of the test set."""
+        p = self.params
+        grid = torch.logspace(p.log10_h_min, p.log10_h_max, p.n_h).tolist()
+        valid = evaluation.splits.valid
+        tried = log_density(evaluation, valid, evaluation.samples[0], grid).mean(dim=1)
+        h = grid[int(tried.argmax())]
+        return score(evaluation, mean_over_draws(evaluation, h), float(f"{h:.4g}"))
+
+
+def log_density(
     evaluation: Evaluation, split: Examples, samples: Tensor, bandwidths: list[float]
 ) -> Tensor:
     """Return normalised log-densities, nats, shape (n_bandwidths, N)."""
@@ -32,68 +115,14 @@ def _log_density(
     return torch.cat(parts, dim=1)
 
 
-def _mean_over_draws(evaluation: Evaluation, bandwidth: float) -> Tensor:
+def mean_over_draws(evaluation: Evaluation, h: float) -> Tensor:
     """Return per-example log-densities of the test set, averaged over the draws, shape (N,)."""
-    draws = [
-        _log_density(evaluation, evaluation.splits.test, samples, [bandwidth])[0]
-        for samples in evaluation.samples
-    ]
+    test = evaluation.splits.test
+    draws = [log_density(evaluation, test, samples, [h])[0] for samples in evaluation.samples]
     return torch.stack(draws).mean(dim=0)
 
 
-def _settings(evaluation: Evaluation, bandwidth: float) -> dict[str, float | int]:
+def score(evaluation: Evaluation, values: Tensor, h: float) -> Score:
+    """Return the mean of the test examples' values, with what it depends on."""
     n_draws, n_samples = evaluation.samples.shape[:2]
-    return {"h": bandwidth, "M": n_samples, "draws": n_draws}
-
-
-class KDE(Metric):
-    """Kernel density estimate, normalised, h = 0.2; mean over test examples and draws."""
-
-    name = "kde"
-    unit = "nats"
-    higher_is_better = True
-
-    def compute(self, evaluation: Evaluation) -> Score:
-        """Compute the mean log-density of the test set."""
-        values = _mean_over_draws(evaluation, PAPER_BANDWIDTH)
-        return Score.mean(values, **_settings(evaluation, PAPER_BANDWIDTH))
-
-
-class PaperKDE(Metric):
-    r"""Kernel density estimate on the scale of the paper's Table 1, h = 0.2.
-
-    The paper sums over the samples and does not divide by their number, so that the value is
-    ``kde`` :math:`+ \log M` and grows with :math:`M`.
-    """
-
-    name = "kde_paper"
-    unit = "nats"
-    higher_is_better = True
-
-    def compute(self, evaluation: Evaluation) -> Score:
-        r"""Compute the mean log-sum over samples."""
-        values = _mean_over_draws(evaluation, PAPER_BANDWIDTH)
-        n_samples = evaluation.samples.shape[1]
-        return Score.mean(values + math.log(n_samples), **_settings(evaluation, PAPER_BANDWIDTH))
-
-
-class TunedKDE(Metric):
-    """Kernel density estimate, normalised, with the bandwidth that is best on the validation split.
-
-    The bandwidth is chosen for every model by itself, from a geometric grid of steps of about 10 %,
-    on validation examples and the first draw.
-    """
-
-    name = "kde_tuned"
-    unit = "nats"
-    higher_is_better = True
-
-    def compute(self, evaluation: Evaluation) -> Score:
-        """Choose the bandwidth, then compute the mean log-density of the test set."""
-        bandwidths = torch.logspace(-2, 0.5, 61).tolist()
-        log_density = _log_density(
-            evaluation, evaluation.splits.valid, evaluation.samples[0], bandwidths
-        )
-        best = bandwidths[int(log_density.mean(dim=1).argmax())]
-        values = _mean_over_draws(evaluation, best)
-        return Score.mean(values, **{**_settings(evaluation, best), "h": float(f"{best:.4g}")})
+    return Score.mean(values, evaluation.splits.test.groups, h=h, M=n_samples, draws=n_draws)

@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from abc import abstractmethod
+from typing import cast
 
-from imlbench import Evaluation, Metric, Score
+from torch import Tensor
+
+from imlbench import (
+    BaseLogProb,
+    Evaluation,
+    LogProb,
+    LogProbLayerwise,
+    LogProbManifold,
+    Metric,
+    Params,
+    Score,
+)
+from imlbench.api import AnyModel
+
+PAPER = "https://arxiv.org/abs/1803.04357"
+"""Increasing the Generative Capacity of Deep Models by Invertible Layers and Mixtures."""
 
 
-class _LogLikelihood(Metric):
+class _LogLikelihood(Metric[Params]):
     """Mean over the test set of one of a model's log-densities."""
 
     unit = "nats"
     higher_is_better = True
-    log_density: ClassVar[str]
 
-    def __init_subclass__(cls) -> None:
-        cls.requires = frozenset({cls.log_density})
+    @abstractmethod
+    def log_density(self, model: AnyModel, x: Tensor) -> Tensor:
+        """Return the log-density of every example of x, nats, shape (N,)."""
 
     def compute(self, evaluation: Evaluation) -> Score:
         """Compute the mean log-density of the test set."""
-        log_density = getattr(evaluation.model, self.log_density)
-        return Score.mean(evaluation.per_example(log_density, evaluation.splits.test))
+        model, test = evaluation.model, evaluation.splits.test
+        values = evaluation.per_example(lambda x: self.log_density(model, x), test)
+        return Score.mean(values, test.groups)
 
 
 class LogLikelihood(_LogLikelihood):
     """Exact log-likelihood: the model's density with respect to volume in data space."""
 
     name = "log_likelihood"
-    log_density = "log_prob"
+    position = 10
+    requires = (LogProb,)
+
+    def log_density(self, model: AnyModel, x: Tensor) -> Tensor:
+        """Return the density in data space."""
+        return cast(LogProb, model).log_prob(x)
 
 
 class ManifoldLogLikelihood(_LogLikelihood):
@@ -40,7 +62,12 @@ class ManifoldLogLikelihood(_LogLikelihood):
     """
 
     name = "log_likelihood_manifold"
-    log_density = "log_prob_manifold"
+    position = 12
+    requires = (LogProbManifold,)
+
+    def log_density(self, model: AnyModel, x: Tensor) -> Tensor:
+        """Return the density on the manifold."""
+        return cast(LogProbManifold, model).log_prob_manifold(x)
 
 
 class LayerwiseLogLikelihood(_LogLikelihood):
@@ -51,11 +78,22 @@ class LayerwiseLogLikelihood(_LogLikelihood):
     """
 
     name = "log_likelihood_layerwise"
-    log_density = "log_prob_layerwise"
+    reference = PAPER
+    position = 50
+    requires = (LogProbLayerwise,)
+
+    def log_density(self, model: AnyModel, x: Tensor) -> Tensor:
+        """Return the density with the layers' own volumes."""
+        return cast(LogProbLayerwise, model).log_prob_layerwise(x)
 
 
 class BaseLogLikelihood(_LogLikelihood):
     """Log-likelihood of the latents under the base distribution, without any volume."""
 
     name = "base_log_likelihood"
-    log_density = "base_log_prob"
+    position = 51
+    requires = (BaseLogProb,)
+
+    def log_density(self, model: AnyModel, x: Tensor) -> Tensor:
+        """Return the density of the latents."""
+        return cast(BaseLogProb, model).base_log_prob(x)

@@ -1,10 +1,10 @@
 """Reference rows: models so simple that they show what a metric's value is worth."""
 
-from imlbench import Model, hookimpl
+from imlbench import AnyModel, hookimpl
 
 
 @hookimpl
-def imlbench_models() -> list[type[Model]]:
+def imlbench_models() -> list[type[AnyModel]]:
     """Return the model classes."""
     from imlbench_reference import reference
 

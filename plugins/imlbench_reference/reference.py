@@ -8,7 +8,7 @@ is what a metric gives for the order of time.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar, TypeVar
 
 import torch
 from pydantic import Field
@@ -16,24 +16,38 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.decomposition import IncrementalPCA
 from torch import Tensor
 
-from imlbench import Examples, FitContext, Kind, Model, ParameterError, Params, Space
+from imlbench import Examples, FitContext, Kind, Model, Params, Space, from_data
 from imlbench.densities import GaussianMixture
+from imlbench.networks import require_at_most
 
 VECTORS_AND_IMAGES: frozenset[Kind] = frozenset({"vector", "image"})
 
 
-class _StoredExamples(Model):
+class StoredParams(Params):
+    """Parameters of a model that keeps examples."""
+
+    n_examples: int = Field(ge=1)
+    """Examples to keep."""
+
+
+P = TypeVar("P", bound=StoredParams)
+
+
+class _StoredExamples(Model[P]):
     """A model whose samples are taken from a fixed list, without repetition while it lasts."""
 
     family = "reference"
+    examples: Tensor
+    n_examples: Tensor
 
-    def __init__(self, params: Any, space: Space) -> None:
+    def __init__(self, params: P, space: Space) -> None:
         super().__init__(params, space)
         capacity = params.n_examples
         self.register_buffer("examples", torch.zeros(capacity, *space.event_shape))
         self.register_buffer("n_examples", torch.tensor(0))
 
-    def _store(self, examples: Tensor) -> None:
+    def _store(self, examples: Tensor, context: FitContext) -> None:
+        context.record(n_examples=len(examples))
         self.examples[: len(examples)] = examples
         self.n_examples.fill_(len(examples))
 
@@ -48,42 +62,45 @@ class _StoredExamples(Model):
         return self.examples[torch.cat(order)[:n]]
 
 
-class ReferenceTrain(_StoredExamples):
+class ReferenceTrainParams(StoredParams):
+    """Parameters of ``reference-train``."""
+
+    n_examples: int = Field(3000, ge=1)
+    """Training examples to keep, chosen by seed; all if there are fewer."""
+
+
+class ReferenceTrain(_StoredExamples[ReferenceTrainParams]):
     """Real training examples as samples: what copying the data scores."""
 
     name = "reference-train"
-
-    class Params(Params):
-        """Parameters of ``reference-train``."""
-
-        n_examples: int = Field(3000, ge=1)
-        """Training examples to keep, chosen by seed; all if there are fewer."""
 
     def fit(self, train: Examples, valid: Examples, context: FitContext) -> None:
         """Choose the examples."""
         generator = context.generator("choice", "cpu")
         chosen = torch.randperm(len(train), generator=generator)[: self.params.n_examples]
-        self._store(train[chosen.to(train.stored.device)])
+        self._store(train[chosen.to(train.stored.device)], context)
 
 
-class ReferenceRecordings(_StoredExamples):
+class ReferenceRecordingsParams(StoredParams):
+    """Parameters of ``reference-recordings``."""
+
+    n_examples: int = Field(5000, ge=1)
+    """Successive training chunks to keep, where they begin is chosen by seed; all if there are
+    fewer."""
+
+
+class ReferenceRecordings(_StoredExamples[ReferenceRecordingsParams]):
     """Real training recordings as samples, in order: what copying them scores."""
 
     name = "reference-recordings"
-    kinds: frozenset[Kind] = frozenset({"sequence"})
-
-    class Params(Params):
-        """Parameters of ``reference-recordings``."""
-
-        n_examples: int = Field(5000, ge=1)
-        """Successive training chunks to keep, where they begin is chosen by seed; all if there are
-        fewer."""
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"sequence"})
 
     def fit(self, train: Examples, valid: Examples, context: FitContext) -> None:
         """Choose a stretch of the recordings."""
         n_starts = max(0, len(train) - self.params.n_examples) + 1
         start = self._below(n_starts, context.generator("choice", "cpu"))
-        self._store(train[torch.arange(start, min(start + self.params.n_examples, len(train)))])
+        stop = min(start + self.params.n_examples, len(train))
+        self._store(train[torch.arange(start, stop)], context)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Go on from a random chunk, and from the end to the beginning."""
@@ -96,18 +113,19 @@ class ReferenceRecordings(_StoredExamples):
         return int(torch.randint(n, (), generator=generator, device=generator.device))
 
 
-class ReferenceKMeans(_StoredExamples):
+class ReferenceKMeansParams(StoredParams):
+    """Parameters of ``reference-kmeans``."""
+
+    n_examples: int = Field(1000, ge=1)
+    """Number of centroids; at most the number of training examples."""
+    epochs: int = Field(5, ge=1)
+    """Passes over the training set."""
+
+
+class ReferenceKMeans(_StoredExamples[ReferenceKMeansParams]):
     """Centroids of the training set as samples: what averages score (mini-batch k-means)."""
 
     name = "reference-kmeans"
-
-    class Params(Params):
-        """Parameters of ``reference-kmeans``."""
-
-        n_examples: int = Field(1000, ge=1)
-        """Number of centroids; at most the number of training examples."""
-        epochs: int = Field(5, ge=1)
-        """Passes over the training set."""
 
     def fit(self, train: Examples, valid: Examples, context: FitContext) -> None:
         """Cluster the training set."""
@@ -123,11 +141,20 @@ class ReferenceKMeans(_StoredExamples):
                     kmeans.partial_fit(x.flatten(1).cpu().numpy())
                     inertia, n_seen = inertia + float(kmeans.inertia_), n_seen + len(x)
             context.report("kmeans", epoch, self.params.epochs, inertia=inertia / n_seen)
-        centroids = torch.from_numpy(kmeans.cluster_centers_).float()
-        self._store(centroids.unflatten(1, self.space.event_shape).to(self.examples.device))
+        centroids = torch.from_numpy(kmeans.cluster_centers_).float().to(self.examples.device)
+        self._store(centroids.unflatten(1, self.space.event_shape), context)
 
 
-class ReferenceGMM(Model):
+class ReferenceGMMParams(Params):
+    """Parameters of ``reference-gmm``."""
+
+    n_dims: int = from_data(ge=1)
+    """Number of principal components; by default 50, or all if the data have fewer."""
+    n_components: int = Field(30, ge=1)
+    """Components of the mixture, each with a full covariance."""
+
+
+class ReferenceGMM(Model[ReferenceGMMParams]):
     r"""A Gaussian mixture on the whitened principal components of the data: no network at all.
 
     :math:`x = \mu + U \operatorname{diag}(s)\, z`, with a mixture for z; what the components leave
@@ -137,29 +164,21 @@ class ReferenceGMM(Model):
     name = "reference-gmm"
     family = "reference"
     kinds = VECTORS_AND_IMAGES
+    mean: Tensor
+    directions: Tensor
 
-    class Params(Params):
-        """Parameters of ``reference-gmm``."""
-
-        n_dims: int | None = Field(None, ge=1)
-        """Number of principal components; by default 50, or all if the data have fewer."""
-        n_components: int = Field(30, ge=1)
-        """Components of the mixture, each with a full covariance."""
-
-    def __init__(self, params: Any, space: Space) -> None:
+    def __init__(self, params: ReferenceGMMParams, space: Space) -> None:
         super().__init__(params, space)
         self.register_buffer("mean", torch.zeros(space.n_dims))
         self.register_buffer("directions", torch.zeros(params.n_dims, space.n_dims))
         self.density = GaussianMixture(params.n_dims, n_components=params.n_components)
 
     @classmethod
-    def resolve(cls, params: Any, space: Space) -> Any:
+    def resolve(cls, params: ReferenceGMMParams, space: Space) -> ReferenceGMMParams:
         """Fill in the number of principal components."""
-        n_dims = params.n_dims or min(50, space.n_dims)
-        if n_dims > space.n_dims:
-            problem = f"must be at most {space.n_dims}, the dimensions of the data; got {n_dims}."
-            raise ParameterError("n_dims", problem)
-        return params.model_copy(update={"n_dims": n_dims})
+        params = params.filled(n_dims=min(50, space.n_dims))
+        require_at_most("n_dims", params.n_dims, space.n_dims, "the dimensions of the data")
+        return params
 
     def fit(self, train: Examples, valid: Examples, context: FitContext) -> None:
         """Find the principal components batch by batch, then fit the mixture to the scores."""

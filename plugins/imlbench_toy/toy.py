@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from imlbench import Dataset, Examples, Params, Sources, Space, Splits
+from imlbench import Dataset, Examples, Params, Sources, Space, Splits, available_if
 
 
 class Density(ABC):
@@ -194,7 +194,22 @@ DENSITIES: dict[str, type[Density]] = {
 }
 
 
-class Toy2D(Dataset):
+class Toy2DParams(Params):
+    """Parameters of ``toy-2d``."""
+
+    shape: Literal["two-gaussians", "ring", "grid", "moons"] = "two-gaussians"
+    """The distribution."""
+    n_train: int = Field(10_000, ge=1)
+    """Points for training."""
+    n_valid: int = Field(2_000, ge=1)
+    """Points for validation."""
+    n_test: int = Field(5_000, ge=1)
+    """Points for testing."""
+    data_seed: int = Field(0, ge=0)
+    """Determines the points; the splits do not depend on each other's size."""
+
+
+class Toy2D(Dataset[Toy2DParams]):
     """Points in the plane: two Gaussians, a ring, 25 Gaussians on a grid, or two moons.
 
     Their density and entropy are known, so that what a metric says can be compared with the truth:
@@ -203,21 +218,7 @@ class Toy2D(Dataset):
 
     name = "toy-2d"
 
-    class Params(Params):
-        """Parameters of ``toy-2d``."""
-
-        shape: Literal["two-gaussians", "ring", "grid", "moons"] = "two-gaussians"
-        """The distribution."""
-        n_train: int = Field(10_000, ge=1)
-        """Points for training."""
-        n_valid: int = Field(2_000, ge=1)
-        """Points for validation."""
-        n_test: int = Field(5_000, ge=1)
-        """Points for testing."""
-        data_seed: int = Field(0, ge=0)
-        """Determines the points; the splits do not depend on each other's size."""
-
-    def __init__(self, params: Params) -> None:
+    def __init__(self, params: Toy2DParams) -> None:
         super().__init__(params)
         self._density = DENSITIES[params.shape]()
 
@@ -230,7 +231,8 @@ class Toy2D(Dataset):
         """Draw the points."""
         sizes = (self.params.n_train, self.params.n_valid, self.params.n_test)
         seeds = np.random.SeedSequence(self.params.data_seed).generate_state(3, np.uint64)
-        return Splits(*(self._draw(n, int(seed)) for n, seed in zip(sizes, seeds, strict=True)))
+        train, valid, test = map(self._draw, sizes, seeds.tolist())
+        return Splits(train, valid, test)
 
     def _draw(self, n: int, seed: int) -> Examples:
         points = self._density.sample(n, torch.Generator().manual_seed(seed))
@@ -249,7 +251,7 @@ class Toy2D(Dataset):
             ValueError: ``x`` has another shape.
 
         Example:
-            >>> ring = Toy2D(Toy2D.Params(shape="ring"))
+            >>> ring = Toy2D(Toy2DParams(shape="ring"))
             >>> ring.log_prob(torch.tensor([[1.0, 0.0], [0.0, -1.0]]))
             tensor([-0.4530, -0.4530], dtype=torch.float64)
         """
@@ -257,12 +259,7 @@ class Toy2D(Dataset):
             raise ValueError(f"toy-2d: x must be of shape (N, 2); got {tuple(x.shape)}")
         return self._density.log_prob(x.to(torch.float64))
 
-    def can(self, capability: str) -> bool:
-        """Only mixtures have modes that can be told apart."""
-        if capability == "mode":
-            return isinstance(self._density, Mixture)
-        return super().can(capability)
-
+    @available_if(lambda self: isinstance(self._density, Mixture))
     def mode(self, x: Tensor) -> Tensor:
         """Return the component that most likely drew each point, int64 of shape (N,)."""
         assert isinstance(self._density, Mixture)
@@ -273,7 +270,7 @@ class Toy2D(Dataset):
         """The true differential entropy, in nats, by numerical integration, to within 1e-6.
 
         Example:
-            >>> grid = Toy2D(Toy2D.Params(shape="grid"))
+            >>> grid = Toy2D(Toy2DParams(shape="grid"))
             >>> round(grid.entropy, 4), round(math.log(25 * 2 * math.pi * math.e * 0.2**2), 4)
             (2.8379, 2.8379)
         """

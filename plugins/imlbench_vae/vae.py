@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from imlbench import Examples, FitContext, Kind, Model, ParameterError, Params, Space
+from imlbench import Examples, FitContext, Model, Params, Space, from_data
 from imlbench.networks import (
     convolutional_decoder,
     convolutional_encoder,
+    fill_sizes,
     is_convolutional,
     perceptron,
+    require_at_most,
+    usual_latent_dim,
 )
 from imlbench.training import OneCycleAdam, n_steps_for, train_epochs
 
 
-class VAE(Model):
+class VAEParams(Params):
+    """Parameters of ``vae``."""
+
+    latent_dim: int = from_data(ge=1)
+    """Number of latent dimensions, K; by default 20, for 64x64 images 100, and never more than the
+    data have."""
+    hidden_dim: int = from_data(ge=1)
+    """Width of the perceptrons' hidden layers; by default 600."""
+    width: int = from_data(ge=1)
+    """Channels of the widest images inside convolutional networks, d; by default 128."""
+    epochs: int = Field(18, ge=1)
+    """Passes over the training set."""
+    batch_size: int = Field(128, ge=1)
+    """Examples per step; fewer on small data, so that an epoch has at least 50 steps."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak of Adam's one-cycle schedule."""
+
+
+class VAE(Model[VAEParams]):
     r"""Variational auto-encoder: a perceptron K-600-D and its mirror, or the DC-GAN's networks.
 
     It maximises the evidence lower bound
@@ -34,26 +54,8 @@ class VAE(Model):
 
     name = "vae"
     family = "vae"
-    kinds: frozenset[Kind] = frozenset({"vector", "image", "sequence"})
 
-    class Params(Params):
-        """Parameters of ``vae``."""
-
-        latent_dim: int | None = Field(None, ge=1)
-        """Number of latent dimensions, K; by default 20, for 64x64 images 100, and never more than
-        the data have."""
-        hidden_dim: int = Field(600, ge=1)
-        """Width of the perceptrons' hidden layers."""
-        width: int = Field(128, ge=1)
-        """Channels of the widest images inside convolutional networks, d."""
-        epochs: int = Field(18, ge=1)
-        """Passes over the training set."""
-        batch_size: int = Field(128, ge=1)
-        """Examples per step; fewer on small data, so that an epoch has at least 50 steps."""
-        learning_rate: float = Field(1e-3, gt=0)
-        """Peak of Adam's one-cycle schedule."""
-
-    def __init__(self, params: Any, space: Space) -> None:
+    def __init__(self, params: VAEParams, space: Space) -> None:
         super().__init__(params, space)
         self.is_bernoulli = space.value_range == (0.0, 1.0)
         self.encoder, self.decoder = self._make_networks()
@@ -71,14 +73,12 @@ class VAE(Model):
         return nn.Sequential(nn.Flatten(), encoder), nn.Sequential(decoder, unflatten)
 
     @classmethod
-    def resolve(cls, params: Any, space: Space) -> Any:
-        """Fill in the number of latent dimensions."""
-        convolutional = is_convolutional(space)
-        latent = params.latent_dim or min(100 if convolutional else 20, space.n_dims)
-        if latent > space.n_dims:
-            problem = f"must be at most {space.n_dims}, the dimensions of the data; got {latent}."
-            raise ParameterError("latent_dim", problem)
-        return params.model_copy(update={"latent_dim": latent})
+    def resolve(cls, params: VAEParams, space: Space) -> VAEParams:
+        """Fill in the sizes of the networks; there can be no more latents than dimensions."""
+        latent_dim = min(usual_latent_dim(space), space.n_dims)
+        params = fill_sizes(params.filled(latent_dim=latent_dim), space)
+        require_at_most("latent_dim", params.latent_dim, space.n_dims, "the dimensions of the data")
+        return params
 
     def fit(self, train: Examples, valid: Examples, context: FitContext) -> None:
         """Maximise the evidence lower bound by Adam."""
@@ -88,8 +88,8 @@ class VAE(Model):
         optimizer = OneCycleAdam(trainable, p.learning_rate, n_steps)
         noise = context.generator("posterior noise")
 
-        def step(x: Tensor) -> dict[str, Tensor]:
-            loss = self.loss(x, noise)
+        def step(rows: Tensor) -> dict[str, Tensor]:
+            loss = self.loss(train[rows], noise)
             optimizer.step(loss)
             return {"loss": loss}
 
@@ -113,10 +113,8 @@ class VAE(Model):
         return (0.5 * z.square() + self.log_scale + 0.5 * math.log(2 * math.pi)).sum()
 
     def _mean(self, output: Tensor) -> Tensor:
-        if self.space.value_range is None:
-            return output
-        low, high = self.space.value_range
-        return low + (high - low) * output.sigmoid()
+        has_range = self.space.value_range is not None
+        return self.space.from_unit(output.sigmoid()) if has_range else output
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the posterior means, shape (N, K)."""

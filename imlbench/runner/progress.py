@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
-from imlbench.plan import Job
+from imlbench.plan.jobs import Job
+from imlbench.records.folder import JobFolder
+from imlbench.records.record import Point, Status
+from imlbench.runner.context import Event
 from imlbench.runner.local import Outcome
-from imlbench.store import JobFolder, Status
 
 _STYLES = {Status.DONE: "green", Status.INTERRUPTED: "yellow"}
 
@@ -38,24 +40,24 @@ class PlainDisplay:
 
     def start(self, job: Job, device: str) -> None:
         self._last[job.id] = time.monotonic()
-        self.console.print(f"{_describe(job)}: started on {device}")
+        self.console.print(f"{job}: started on {device}", markup=False)
 
-    def event(self, job: Job, event: dict[str, Any]) -> None:
+    def event(self, job: Job, event: Event) -> None:
         progress = self._clock.describe(job, event)
         if progress and time.monotonic() - self._last[job.id] >= self._interval:
             self._last[job.id] = time.monotonic()
-            self.console.print(f"{_describe(job)}: {progress}")
+            self.console.print(f"{job}: {progress}", markup=False)
 
     def end(self, outcome: Outcome, folder: JobFolder) -> None:
         self._n_ended += 1
-        line = Text(f"[{self._n_ended}/{self._n_jobs}] {_describe(outcome.job)}: ")
+        line = Text(f"[{self._n_ended}/{self._n_jobs}] {outcome.job}: ")
         line.append(outcome.status, _STYLES.get(outcome.status, "red"))
         if outcome.reused:
             line.append(" (reused)")
         elif outcome.status is Status.DONE:
             line.append(f" in {outcome.seconds:.0f} s")
         else:
-            line.append(f": {outcome.reason.rstrip('.')}. Log: {folder.path / 'log.txt'}")
+            line.append(f": {outcome.reason.rstrip('.')}. Log: {folder.log}")
         self.console.print(line)
 
 
@@ -83,18 +85,18 @@ class LiveDisplay(PlainDisplay):
 
     def start(self, job: Job, device: str) -> None:
         self._tasks[job.id] = self._progress.add_task(
-            f"{job.model} {job.dataset}", total=None, detail="starting"
+            escape(str(job)), total=None, detail="starting"
         )
 
-    def event(self, job: Job, event: dict[str, Any]) -> None:
+    def event(self, job: Job, event: Event) -> None:
         task = self._tasks[job.id]
-        if event["event"] == "progress":
+        if isinstance(event, str):
+            self._progress.update(task, completed=0, total=None, detail=event)
+        else:
             detail = self._clock.describe(job, event)
             self._progress.update(
-                task, completed=event["step"], total=event["n_steps"], detail=detail
+                task, completed=event.step, total=event.n_steps, detail=escape(detail)
             )
-        elif event["event"] == "step":
-            self._progress.update(task, completed=0, total=None, detail=event["step"])
 
     def end(self, outcome: Outcome, folder: JobFolder) -> None:
         task = self._tasks.pop(outcome.job.id, None)
@@ -109,24 +111,35 @@ class _Clock:
     def __init__(self) -> None:
         self._starts: dict[tuple[str, str], tuple[int, float]] = {}
 
-    def describe(self, job: Job, event: dict[str, Any]) -> str:
-        if event["event"] != "progress":
+    def describe(self, job: Job, event: Event) -> str:
+        if not isinstance(event, Point):
             return ""
-        step, n_steps = event["step"], event["n_steps"]
+        step, n_steps = event.step, event.n_steps
         now = time.monotonic()
-        first, start = self._starts.setdefault((job.id, event["stage"]), (step, now))
-        values = ", ".join(f"{name} {value:.4g}" for name, value in event["values"].items())
-        text = f"{event['stage']} {step}/{n_steps}, {values}"
+        first, start = self._starts.setdefault((job.id, event.stage), (step, now))
+        values = ", ".join(f"{name} {value:.4g}" for name, value in event.values.items())
+        text = f"{event.stage} {step}/{n_steps}, {values}"
         if step > first:
             left = (now - start) / (step - first) * (n_steps - step)
             text += f", {left // 60:.0f}:{left % 60:02.0f} left"
         return text
 
 
-def _describe(job: Job) -> str:
-    return f"{job.model} on {job.dataset}, seed {job.seed}"
+class SilentDisplay(PlainDisplay):
+    """Shows nothing."""
+
+    def start(self, job: Job, device: str) -> None:
+        pass
+
+    def event(self, job: Job, event: Event) -> None:
+        pass
+
+    def end(self, outcome: Outcome, folder: JobFolder) -> None:
+        pass
 
 
-def make_display(n_jobs: int) -> PlainDisplay:
+def make_display(n_jobs: int, is_wanted: bool = True) -> PlainDisplay:
     """Return the display that suits the error stream."""
+    if not is_wanted:
+        return SilentDisplay(n_jobs)
     return LiveDisplay(n_jobs) if Console(stderr=True).is_terminal else PlainDisplay(n_jobs)

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import pluggy
 
-from imlbench import hookspecs
-from imlbench.api import Dataset, Metric, Model
+from imlbench.api import (
+    AnyArtifact,
+    AnyDataset,
+    AnyMetric,
+    AnyModel,
+    Artifact,
+    Dataset,
+    Metric,
+    Model,
+    hookspecs,
+)
+from imlbench.api.capabilities import members
+from imlbench.api.params import AnyPlugin, Params
 from imlbench.errors import UserError, unknown
 
 GROUP = "imlbench"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""Names become parts of files and columns."""
 
-_T = TypeVar("_T", bound=type[Model] | type[Dataset] | type[Metric])
+PluginClass = type[AnyPlugin]
+_C = TypeVar("_C", bound=PluginClass)
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class Plugin:
 
 
 class Registry:
-    """The models, datasets and metrics that can be named.
+    """The models, datasets, metrics and artifacts that can be named.
 
     A plugin that fails to import, or whose hook raises or returns something else than classes of
     the right kind, is left out as a whole and listed in ``plugins`` with its error.
@@ -54,13 +65,16 @@ class Registry:
 
     def __init__(self, sources: Iterable[EntryPoint] | None = None) -> None:
         self.plugins: list[Plugin] = []
-        self.models: dict[str, type[Model]] = {}
-        self.datasets: dict[str, type[Dataset]] = {}
-        self.metrics: dict[str, type[Metric]] = {}
+        self.models: dict[str, type[AnyModel]] = {}
+        self.datasets: dict[str, type[AnyDataset]] = {}
+        self.metrics: dict[str, type[AnyMetric]] = {}
+        self.artifacts: dict[str, type[AnyArtifact]] = {}
         self._shipped_by: dict[type, str] = {}
         manager = pluggy.PluginManager("imlbench")
         manager.add_hookspecs(hookspecs)
-        for source in entry_points(group=GROUP) if sources is None else sources:
+        for source in sorted(
+            entry_points(group=GROUP) if sources is None else sources, key=lambda found: found.name
+        ):
             self._add(manager, source)
 
     def _add(self, manager: pluggy.PluginManager, source: EntryPoint) -> None:
@@ -72,6 +86,7 @@ class Registry:
             models = _classes(manager.hook.imlbench_models, source.name, Model)
             datasets = _classes(manager.hook.imlbench_datasets, source.name, Dataset)
             metrics = _classes(manager.hook.imlbench_metrics, source.name, Metric)
+            artifacts = _classes(manager.hook.imlbench_artifacts, source.name, Artifact)
         except Exception as error:  # somebody else's code: anything can come, none may stop us
             if manager.has_plugin(source.name):
                 manager.unregister(name=source.name)
@@ -83,34 +98,33 @@ class Registry:
         _merge(self.models, models, "model")
         _merge(self.datasets, datasets, "dataset")
         _merge(self.metrics, metrics, "metric")
-        self._shipped_by.update(dict.fromkeys([*models, *datasets, *metrics], distribution))
+        _merge(self.artifacts, artifacts, "artifact")
+        for cls in (*models, *datasets, *metrics, *artifacts):
+            self._shipped_by[cls] = distribution
 
     def shipped_by(self, cls: type) -> str:
         """Return the distribution, with its version, that a class came from."""
         return self._shipped_by[cls]
-
-    def code(self, cls: type) -> str:
-        """Return what identifies the code of a class: distribution, version, and source.
-
-        A result is reused only if this is the same; so it is not after any edit of the plugin's
-        package, whether its version was raised or not.
-        """
-        return f"{self._shipped_by[cls]} {_source_digest(cls.__module__.partition('.')[0])}"
 
     @property
     def broken(self) -> list[Plugin]:
         """The plugins that were left out."""
         return [plugin for plugin in self.plugins if plugin.error]
 
-    def select_models(self, patterns: Sequence[str]) -> list[type[Model]]:
+    @property
+    def classes(self) -> dict[str, PluginClass]:
+        """Every registered class by name; of two kinds with one name, the model, then the data."""
+        return {**self.artifacts, **self.metrics, **self.datasets, **self.models}
+
+    def select_models(self, patterns: Sequence[str]) -> list[type[AnyModel]]:
         """Return the models that the patterns name: a name, a family, or a glob of either.
 
         Raises:
             UserError: One message for every pattern that names nothing.
         """
-        return _select(self.models, patterns, "model", lambda cls: cls.family)
+        return _select(self.models, patterns, "model")
 
-    def select_datasets(self, patterns: Sequence[str]) -> list[type[Dataset]]:
+    def select_datasets(self, patterns: Sequence[str]) -> list[type[AnyDataset]]:
         """Return the datasets that the patterns name: a name or a glob.
 
         Raises:
@@ -118,7 +132,7 @@ class Registry:
         """
         return _select(self.datasets, patterns, "dataset")
 
-    def select_metrics(self, patterns: Sequence[str]) -> list[type[Metric]]:
+    def select_metrics(self, patterns: Sequence[str]) -> list[type[AnyMetric]]:
         """Return the metrics that the patterns name: a name or a glob.
 
         Raises:
@@ -127,7 +141,12 @@ class Registry:
         return _select(self.metrics, patterns, "metric")
 
 
-def _classes(hook: pluggy.HookCaller, plugin: str, base: type) -> list[Any]:
+def family_of(cls: PluginClass) -> str:
+    """Return a model's family; other plugins have none."""
+    return getattr(cls, "family", "")
+
+
+def _classes(hook: pluggy.HookCaller, plugin: str, base: PluginClass) -> list[Any]:
     """Call one plugin's own implementation of a hook, and check what it returns."""
     found: list[Any] = []
     for implementation in hook.get_hookimpls():
@@ -140,25 +159,26 @@ def _classes(hook: pluggy.HookCaller, plugin: str, base: type) -> list[Any]:
         if inspect.isabstract(cls):
             missing = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
             raise TypeError(f"{where} lacks the methods {missing}")
-        if not getattr(cls, "name", ""):
-            raise TypeError(f"{where} has no name")
+        _check_attributes(cls, where)
     return found
 
 
-@functools.cache
-def _source_digest(module: str) -> str:
-    """Return a hash of a top-level module's Python source, and of the toolkits that plugins use."""
-    own = Path(getattr(sys.modules[module], "__file__", None) or "nowhere")
-    harness = Path(__file__).parent
-    files = [harness / "training.py", harness / "networks.py", *(harness / "densities").iterdir()]
-    files += own.parent.rglob("*.py") if own.name == "__init__.py" else [own]
-    content = hashlib.sha256()
-    for file in sorted(file for file in files if file.suffix == ".py" and file.is_file()):
-        content.update(file.read_bytes())
-    return content.hexdigest()[:12]
+def _check_attributes(cls: PluginClass, where: str) -> None:
+    """Refuse what would only be noticed when a job is run."""
+    name = getattr(cls, "name", "")
+    if not name:
+        raise TypeError(f"{where} has no name")
+    if not (isinstance(name, str) and NAME.fullmatch(name)):
+        raise TypeError(f"{where} must be named by letters, digits, '-', '_' and '.'; got {name!r}")
+    if not issubclass(cls.params_type, Params):
+        raise TypeError(f"{where} must have parameters derived from imlbench.Params")
+    for capability in (*getattr(cls, "requires", ()), *getattr(cls, "requires_of_dataset", ())):
+        members(capability)  # refuses what is no protocol
+    if issubclass(cls, Metric) and not hasattr(cls, "higher_is_better"):
+        raise TypeError(f"{where} must say higher_is_better: True, False or None")
 
 
-def _merge(known: dict[str, Any], new: list[Any], what: str) -> None:
+def _merge(known: dict[str, _C], new: list[_C], what: str) -> None:
     for cls in new:
         if known.get(cls.name, cls) is not cls:
             both = " and ".join(f"{c.__module__}.{c.__qualname__}" for c in (known[cls.name], cls))
@@ -169,22 +189,17 @@ def _merge(known: dict[str, Any], new: list[Any], what: str) -> None:
         known[cls.name] = cls
 
 
-def _select(
-    known: dict[str, _T],
-    patterns: Sequence[str],
-    what: str,
-    family: Callable[[Any], str] = lambda cls: "",
-) -> list[_T]:
-    chosen: dict[str, _T] = {}
+def _select(known: Mapping[str, _C], patterns: Sequence[str], what: str) -> list[_C]:
+    chosen: dict[str, _C] = {}
     errors: list[str] = []
     for pattern in patterns:
         matches = {
             name: cls
             for name, cls in known.items()
-            if fnmatchcase(name, pattern) or fnmatchcase(family(cls), pattern)
+            if fnmatchcase(name, pattern) or fnmatchcase(family_of(cls), pattern)
         }
         if not matches:
-            families = {family(cls) for cls in known.values()} - {""}
+            families = {family_of(cls) for cls in known.values()} - {""}
             errors.append(unknown(what, pattern, {*known, *families}))
         chosen |= matches
     if errors:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from imlbench.errors import UserError, unknown
 
+HERE = Path("benchmarks.toml")
+MOST_SEEDS = 10_000
 
-def parse_seeds(text: Any) -> Any:
+_T = TypeVar("_T")
+
+
+def parse_seeds(text: object) -> object:
     """Return the seeds that ``"0..2"`` or ``"0,1,2"`` names; anything else as it came.
 
     Example:
@@ -26,9 +32,12 @@ def parse_seeds(text: Any) -> Any:
     for part in text.split(","):
         first, dots, last = part.partition("..")
         try:
-            seeds += range(int(first), int(last) + 1) if dots else [int(first)]
+            found = range(int(first), int(last if dots else first) + 1)
         except ValueError:
             raise ValueError("must be like 0..2 or 0,1,2") from None
+        if len(seeds) + len(found) > MOST_SEEDS:
+            raise ValueError(f"must be at most {MOST_SEEDS} seeds")
+        seeds += found
     return seeds
 
 
@@ -50,8 +59,8 @@ class _Table(BaseModel):
     seeds: Seeds | None = None
     n_samples: Annotated[int, Field(ge=2)] | None = None
     n_draws: Annotated[int, Field(ge=1)] | None = None
-    set: dict[str, Any] = {}
-    grid: dict[str, Any] = {}
+    set: dict[str, object] = {}
+    grid: dict[str, object] = {}
 
 
 class _File(BaseModel):
@@ -71,12 +80,14 @@ class Setting:
         name: The parameter.
         values: The values, in order.
         origin: Where it was written, for messages.
+        strict: Whether its target must be among what is run; a file's settings may be for others.
     """
 
     target: str
     name: str
-    values: tuple[Any, ...]
+    values: tuple[object, ...]
     origin: str
+    strict: bool = False
 
     @property
     def address(self) -> str:
@@ -96,7 +107,7 @@ class Benchmark:
         seeds: One job each.
         n_samples: Samples per draw.
         n_draws: Independent draws of ``n_samples``.
-        settings: Parameters of models and datasets.
+        settings: Parameters of models, datasets, metrics and artifacts.
     """
 
     name: str
@@ -107,6 +118,13 @@ class Benchmark:
     n_samples: int
     n_draws: int
     settings: tuple[Setting, ...]
+
+
+def find_file(path: Path | None) -> Path | None:
+    """Return the file of named benchmarks: the given one, the one here, or the one that ships."""
+    package = Path(__file__).parents[1]
+    shipped = [package / HERE.name, package.parent / HERE.name]  # a wheel's, a source tree's
+    return path or next((file for file in (HERE, *shipped) if file.is_file()), None)
 
 
 def read_file(path: Path) -> _File:
@@ -125,7 +143,7 @@ def read_file(path: Path) -> _File:
         raise UserError(*(_table_error(path, problem) for problem in error.errors())) from error
 
 
-def _table_error(path: Path, problem: Mapping[str, Any]) -> str:
+def _table_error(path: Path, problem: ErrorDetails) -> str:
     loc = [str(part) for part in problem["loc"]]
     depth = 2 if loc[0] == "benchmarks" and len(loc) > 1 else 1
     table, key = ".".join(loc[:depth]), ".".join(loc[depth:])
@@ -136,7 +154,7 @@ def _table_error(path: Path, problem: Mapping[str, Any]) -> str:
     return f"{path} [{table}] {key}: {constraint(problem)}"
 
 
-def constraint(problem: Mapping[str, Any]) -> str:
+def constraint(problem: ErrorDetails) -> str:
     """Return ``must be <constraint>; got <value>.`` for one pydantic error."""
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     message = message.replace("should", "must", 1)
@@ -150,91 +168,120 @@ def make_benchmark(
     models: Sequence[str] = (),
     datasets: Sequence[str] = (),
     metrics: Sequence[str] = (),
-    seeds: str | None = None,
+    seeds: object = None,
+    n_samples: int | None = None,
+    n_draws: int | None = None,
     settings: Sequence[str] = (),
+    set: Mapping[str, object] | None = None,
+    grid: Mapping[str, object] | None = None,
 ) -> Benchmark:
-    """Combine the defaults, a named benchmark, and the command line, which wins.
+    """Combine the defaults, a named benchmark, and what is given here, which wins.
 
     Arguments:
-        name: The benchmark's name; ``None`` for one made of the command line alone.
+        name: The benchmark's name; ``None`` for one made of the arguments alone.
         path: The TOML file; ``None`` if there is none.
         models: Names, families or globs.
         datasets: Names or globs.
         metrics: Names or globs.
-        seeds: Such as ``"0..2"`` or ``"0,1"``.
-        settings: Such as ``"latent_dim=20,40"`` or ``"iml-gmm.n_components=30"``.
+        seeds: Such as ``"0..2"``, ``"0,1"`` or ``[0, 1]``.
+        n_samples: Samples per draw.
+        n_draws: Independent draws.
+        settings: As on the command line: ``"latent_dim=20,40"``, ``"iml-gmm.n_components=30"``.
+        set: One value for each parameter, by ``"parameter"`` or ``"plugin.parameter"``.
+        grid: A list of values for each parameter.
 
     Raises:
         UserError: Everything that is wrong, at once.
     """
     file = read_file(path) if path else _File()
-    defaults, named = file.defaults, file.benchmarks
     errors: list[str] = []
     table = _Table()
     if name is not None:
-        if name in named:
-            table = named[name]
+        if name in file.benchmarks:
+            table = file.benchmarks[name]
         else:
-            errors.append(f"{path or 'benchmarks.toml'}: {unknown('benchmark', name, named)}")
+            where = path or HERE.name
+            errors.append(f"{where}: {unknown('benchmark', name, file.benchmarks)}")
+    given = _given(
+        {"seeds": seeds, "n_samples": n_samples, "n_draws": n_draws, "set": set, "grid": grid},
+        errors,
+    )
+    tables = (given, table, file.defaults)
 
-    def first(key: str, given: Any, fallback: Any) -> Any:
-        chosen = (getattr(table, key), getattr(defaults, key), fallback)
-        return given or next(value for value in chosen if value is not None)
+    def names(key: str, chosen: Sequence[str], fallback: tuple[str, ...] = ()) -> tuple[str, ...]:
+        found = chosen or first((getattr(t, key) for t in tables[1:]), fallback)
+        if not found and not errors:
+            errors.append(
+                f"command line: --{key} must be given; got nothing. Name some, or run a benchmark "
+                f"of benchmarks.toml: {', '.join(file.benchmarks) or 'none'}."
+            )
+        return tuple(found)
 
     chosen = {
-        "models": first("models", models, ()),
-        "datasets": first("datasets", datasets, ()),
-        "metrics": first("metrics", metrics, ("*",)),
+        "models": names("models", models),
+        "datasets": names("datasets", datasets),
+        "metrics": names("metrics", metrics, ("*",)),
     }
-    for key, value in chosen.items():
-        if not value and not errors:
-            errors.append(
-                f"command line: --{key} must be given; got nothing. "
-                f"Name some, or run a benchmark of benchmarks.toml: {', '.join(named) or 'none'}."
-            )
-    all_seeds = first("seeds", None, [0])
-    if seeds is not None:
-        try:
-            all_seeds = _Table(seeds=seeds).seeds
-        except ValidationError as error:
-            errors += [f"--seeds: {constraint(problem)}" for problem in error.errors()[:1]]
     collected: list[Setting] = []
-    collected += _file_settings(defaults, f"{path} [defaults", errors)
-    collected += _file_settings(table, f"{path} [benchmarks.{name}", errors)
+    collected += _table_settings(file.defaults, f"{path} [defaults.", "]", errors)
+    collected += _table_settings(table, f"{path} [benchmarks.{name}.", "]", errors)
+    collected += [
+        replace(setting, strict=True) for setting in _table_settings(given, "", "", errors)
+    ]
     collected += _command_line_settings(settings, errors)
     if errors:
         raise UserError(*errors)
     return Benchmark(
         name=name or "",
-        **{key: tuple(value) for key, value in chosen.items()},
-        seeds=tuple(dict.fromkeys(all_seeds)),
-        n_samples=first("n_samples", None, 1000),
-        n_draws=first("n_draws", None, 5),
+        models=chosen["models"],
+        datasets=chosen["datasets"],
+        metrics=chosen["metrics"],
+        seeds=tuple(dict.fromkeys(first((t.seeds for t in tables), [0]))),
+        n_samples=first((t.n_samples for t in tables), 1000),
+        n_draws=first((t.n_draws for t in tables), 5),
         settings=tuple(collected),
     )
 
 
-def _file_settings(table: _Table, where: str, errors: list[str]) -> list[Setting]:
+def first(values: Iterable[_T | None], fallback: _T) -> _T:
+    """Return the first value that is not ``None``, or the fallback."""
+    return next((value for value in values if value is not None), fallback)
+
+
+def _given(arguments: Mapping[str, object], errors: list[str]) -> _Table:
+    """Check what was given beside the file."""
+    present = {key: value for key, value in arguments.items() if value is not None}
+    try:
+        return _Table.model_validate(present)
+    except ValidationError as error:
+        problems = {str(problem["loc"][0]): problem for problem in reversed(error.errors())}
+        errors += [f"--{key}: {constraint(problem)}" for key, problem in problems.items()]
+        return _Table()
+
+
+def _table_settings(table: _Table, before: str, after: str, errors: list[str]) -> list[Setting]:
     found = []
     for key, tree in (("set", table.set), ("grid", table.grid)):
+        where = f"{before}{key}{after}"
         for outer, inner in tree.items():
             target, dot, parameter = outer.rpartition(".")
-            leaves = {parameter: inner}
+            leaves: Mapping[str, object] = {parameter: inner}
             if dot and not (target and parameter):
                 errors.append(
-                    f"{where}.{key}] {outer}: must be parameter or plugin.parameter; got "
-                    f"'{outer}'. For example iml-gmm.n_components."
+                    f"{where} {outer}: must be parameter or plugin.parameter; got '{outer}'. "
+                    "For example iml-gmm.n_components."
                 )
                 continue
             if isinstance(inner, dict):
                 target, leaves = outer, inner
             for name, value in leaves.items():
-                origin = f"{where}.{key}] {f'{target}.' if target else ''}{name}"
-                if key == "grid" and not (isinstance(value, list) and value):
-                    errors.append(f"{origin}: must be a list of values to try; got {value!r}.")
+                origin = f"{where} {f'{target}.' if target else ''}{name}"
+                if key == "set":
+                    found.append(Setting(target, name, (value,), origin))
+                elif isinstance(value, list | tuple) and value:
+                    found.append(Setting(target, name, tuple(value), origin))
                 else:
-                    values = tuple(value) if key == "grid" else (value,)
-                    found.append(Setting(target, name, values, origin))
+                    errors.append(f"{origin}: must be a list of values to try; got {value!r}.")
     return sorted(found, key=lambda setting: setting.target != "")
 
 
@@ -246,7 +293,7 @@ def _command_line_settings(texts: Sequence[str], errors: list[str]) -> list[Sett
         values = _split_values(right)
         if equals and name and all(values):
             parsed = tuple(_parse_value(value) for value in values)
-            found.append(Setting(target, name, parsed, f"--set {text}"))
+            found.append(Setting(target, name, parsed, f"--set {text}", strict=True))
         else:
             errors.append(
                 f"--set {text}: must be parameter=value or plugin.parameter=value; got {text!r}. "
@@ -256,20 +303,29 @@ def _command_line_settings(texts: Sequence[str], errors: list[str]) -> list[Sett
 
 
 def _split_values(text: str) -> list[str]:
-    """Split at the commas that are outside brackets."""
-    values, depth = [""], 0
+    """Split at the commas that are outside brackets and quotation marks.
+
+    Example:
+        >>> _split_values('1, [2, 3], "a,b.wav"')
+        ['1', '[2, 3]', '"a,b.wav"']
+    """
+    values, depth, quote = [""], 0, ""
     for character in text:
-        depth += (character in "[{") - (character in "]}")
-        if character == "," and depth == 0:
+        if quote or (character in "\"'" and (depth or not values[-1].strip())):
+            quote = "" if character == quote else quote or character
+        else:
+            depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0 and not quote:
             values.append("")
         else:
             values[-1] += character
     return [value.strip() for value in values]
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(text: str) -> object:
     """Read a TOML value; what is none is a plain string."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value: object = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    return value

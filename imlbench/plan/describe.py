@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
 
 from imlbench.errors import UserError, unknown
-from imlbench.registry import Registry
+from imlbench.plan.registry import Registry
 
 
 def _summary(cls: type) -> str:
@@ -24,12 +27,13 @@ def _two_columns(texts: dict[str, str], width: int = 80) -> str:
 
 
 def describe_all(registry: Registry) -> str:
-    """Return a list of models, datasets, metrics and broken plugins."""
+    """Return a list of models, datasets, metrics, artifacts and broken plugins."""
     parts = []
     for title, classes in (
         ("Models", registry.models),
         ("Datasets", registry.datasets),
         ("Metrics", registry.metrics),
+        ("Artifacts", registry.artifacts),
     ):
         parts.append(f"{title}\n{_two_columns({n: _summary(c) for n, c in classes.items()})}")
     origins = {
@@ -41,23 +45,46 @@ def describe_all(registry: Registry) -> str:
 
 
 def describe_one(registry: Registry, name: str) -> str:
-    """Return the documentation and the parameters of one model, dataset or metric.
+    """Return the documentation and the parameters of one plugin.
 
     Raises:
         UserError: There is none of that name.
     """
-    known: dict[str, Any] = {**registry.metrics, **registry.datasets, **registry.models}
+    known = registry.classes
     if name not in known:
         raise UserError(unknown("plugin", name, known))
     cls = known[name]
     lines = [f"{name}: {_summary(cls)}", f"from {registry.shipped_by(cls)}"]
-    fields = cls.Params.model_fields if hasattr(cls, "Params") else {}
-    for parameter, field in fields.items():
-        is_plain = isinstance(field.annotation, type) and "[" not in str(field.annotation)
-        kind = field.annotation.__name__ if is_plain else str(field.annotation)
-        kind = kind.replace("typing.", "")
-        default = "from the data" if field.default is None else repr(field.default)
+    for parameter, field in cls.params_type.model_fields.items():
         text = " ".join((field.description or "").split())
-        lines += ["", f"  {parameter} ({kind}, default {default})"]
+        lines += ["", f"  {parameter} ({type_name(field.annotation)}, {_default(field)})"]
         lines += textwrap.wrap(text, 76, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if field.default is not None:
+        return f"default {field.default!r}"
+    return "default none" if NoneType in get_args(field.annotation) else "default from the data"
+
+
+def type_name(annotation: object) -> str:
+    """Return a type as a person reads it.
+
+    Example:
+        >>> type_name(list[Annotated[int, "at most 9"]] | None), type_name(Literal["tanh", "relu"])
+        ('list of int', "'tanh' or 'relu'")
+    """
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_name(arguments[0])
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if origin in (Union, UnionType):
+        return " or ".join(type_name(part) for part in arguments if part is not NoneType)
+    if origin is not None:
+        inner = ", ".join(type_name(part) for part in arguments if part is not Ellipsis)
+        return f"{type_name(origin)} of {inner}"
+    return getattr(annotation, "__name__", str(annotation))

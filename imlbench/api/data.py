@@ -1,0 +1,238 @@
+"""Data as every plugin sees them: the space of an example, splits of examples, sources of files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import platformdirs
+import torch
+from torch import Tensor
+
+from imlbench.errors import DataError
+
+Kind = Literal["vector", "image", "sequence"]
+KINDS: frozenset[Kind] = frozenset({"vector", "image", "sequence"})
+
+Index = int | slice | Tensor
+"""What picks examples: one, a range, or a tensor of numbers or of truth values."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """What one example is, known before any data are read.
+
+    Arguments:
+        kind: ``"vector"``, ``"image"`` (channels first) or ``"sequence"`` (a chunk of a recording).
+        event_shape: The shape of one example, such as ``(1, 28, 28)``.
+        value_range: Smallest and largest possible value, or ``None`` where values have no bounds.
+
+    Example:
+        >>> Space("image", (1, 28, 28), (0.0, 1.0)).n_dims
+        784
+    """
+
+    kind: Kind
+    event_shape: tuple[int, ...]
+    value_range: tuple[float, float] | None = None
+
+    @property
+    def n_dims(self) -> int:
+        """The number of scalars in one example."""
+        return math.prod(self.event_shape)
+
+    def from_unit(self, unit: Tensor) -> Tensor:
+        """Take [0, 1] to the range of values; without one, return ``unit`` as it is.
+
+        Example:
+            >>> Space("image", (1, 1, 1), (-1.0, 1.0)).from_unit(torch.tensor([0.0, 0.75]))
+            tensor([-1.0000,  0.5000])
+        """
+        if self.value_range is None:
+            return unit
+        low, high = self.value_range
+        return low + (high - low) * unit
+
+    def to_unit(self, x: Tensor) -> Tensor:
+        """Take the range of values to [0, 1], the inverse of :meth:`from_unit`."""
+        if self.value_range is None:
+            return x
+        low, high = self.value_range
+        return (x - low) / (high - low)
+
+
+class Examples:
+    r"""One split of a dataset: stored compactly, read as float32.
+
+    Reading gives ``stored * scale + offset``. Storage may be uint8 and may lie in a memory-mapped
+    file, so that no run holds a float copy of a large set.
+
+    Arguments:
+        stored: The stored values, shape :math:`(N, *event\_shape)`.
+        scale: Factor from stored values to values of the dataset's range.
+        offset: Added after scaling.
+        lengths: For sequences, the number of chunks of each recording, in order; sums to :math:`N`.
+        labels: What is known of each example, by name, such as ``{"digit": ...}``; int64, (N,).
+        groups: Which examples hang together, such as those of one patient: a number for each,
+            int64, (N,). Standard errors take groups as independent, not examples. By default the
+            recordings, if there are ``lengths``.
+
+    Raises:
+        ValueError: Lengths, labels or groups do not fit the number of examples.
+
+    Example:
+        >>> pixels = torch.tensor([[0, 255], [51, 102]], dtype=torch.uint8)
+        >>> Examples(pixels, scale=1 / 255)[1]
+        tensor([0.2000, 0.4000])
+    """
+
+    def __init__(
+        self,
+        stored: Tensor,
+        *,
+        scale: float = 1.0,
+        offset: float = 0.0,
+        lengths: tuple[int, ...] | None = None,
+        labels: Mapping[str, Tensor] | None = None,
+        groups: Tensor | None = None,
+    ) -> None:
+        self.stored, self.scale, self.offset, self.lengths = stored, scale, offset, lengths
+        self.labels: Mapping[str, Tensor] = labels or {}
+        if groups is None and lengths is not None:
+            groups = torch.repeat_interleave(torch.tensor(lengths))
+        self.groups = groups
+        named = {
+            "groups": groups,
+            **{f"label {name}": label for name, label in self.labels.items()},
+        }
+        for what, values in named.items():
+            if values is not None and values.shape != (len(stored),):
+                raise ValueError(
+                    f"Examples: {what} must be one number for each of {len(stored)} examples; "
+                    f"got shape {tuple(values.shape)}. Check lengths and labels."
+                )
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, index: Index) -> Tensor:
+        return self.stored[index].to(torch.float32).mul(self.scale).add_(self.offset)
+
+    def to(self, device: torch.device) -> Examples:
+        """Return the same examples with their storage and labels on ``device``."""
+        return Examples(
+            self.stored.to(device),
+            scale=self.scale,
+            offset=self.offset,
+            lengths=self.lengths,
+            labels={name: label.to(device) for name, label in self.labels.items()},
+            groups=self.groups,
+        )
+
+    def shuffled(self, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Yield the numbers of all examples once, in random order, in batches.
+
+        A conditional model reads ``train[rows]`` and ``train.labels["digit"][rows]``.
+
+        Arguments:
+            batch_size: Numbers per batch; the last batch may be smaller.
+            generator: Source of the permutation, on the device of the storage.
+
+        Yields:
+            int64 tensors of shape (B,), on the device of the storage.
+        """
+        order = torch.randperm(len(self), generator=generator, device=generator.device)
+        yield from order.to(self.stored.device).split(batch_size)
+
+    def batches(
+        self, batch_size: int, generator: torch.Generator | None = None
+    ) -> Iterator[Tensor]:
+        r"""Yield all examples once, in order, or shuffled if a generator is given.
+
+        Arguments:
+            batch_size: Examples per batch; the last batch may be smaller.
+            generator: Source of the permutation, on the device of the storage.
+
+        Yields:
+            float32 tensors of shape :math:`(B, *event\_shape)`.
+        """
+        if generator is not None:
+            yield from (self[rows] for rows in self.shuffled(batch_size, generator))
+            return
+        for start in range(0, len(self), batch_size):
+            yield self[start : start + batch_size]
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the decoded content: storage, scale, offset, lengths, labels."""
+        header = f"{tuple(self.stored.shape)} {self.stored.dtype} {self.scale} {self.offset}"
+        content = hashlib.sha256(f"{header} {self.lengths} {sorted(self.labels)}".encode())
+        for values in (self.stored, *(self.labels[name] for name in sorted(self.labels))):
+            for part in values.split(4096):
+                content.update(part.contiguous().numpy().data)
+        return content.hexdigest()
+
+
+@dataclass
+class Splits:
+    """A loaded dataset.
+
+    Arguments:
+        train: What models are fitted to.
+        valid: For early stopping and for choosing settings of a metric; never part of ``test``.
+        test: What metrics are computed on.
+        fingerprint: Hash of the decoded content; computed if not given.
+    """
+
+    train: Examples
+    valid: Examples
+    test: Examples
+    fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.fingerprint:
+            digests = " ".join(part.digest() for part in (self.train, self.valid, self.test))
+            self.fingerprint = hashlib.sha256(digests.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where datasets look for their files.
+
+    Arguments:
+        data_dir: The folder named on the command line, if any; it comes first.
+        offline: Never touch the network.
+    """
+
+    data_dir: Path | None = None
+    offline: bool = False
+
+    @property
+    def cache_dir(self) -> Path:
+        """The user's cache folder, where downloads and decoded data go."""
+        return Path(os.environ.get("IMLBENCH_CACHE") or platformdirs.user_cache_dir("imlbench"))
+
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        """The folders to look in, in order: ``--data-dir``, ``$IMLBENCH_DATA``, the cache."""
+        environment = os.environ.get("IMLBENCH_DATA")
+        named = (self.data_dir, Path(environment) if environment else None, self.cache_dir)
+        return tuple(folder for folder in named if folder is not None)
+
+    def find(self, relative: str) -> Path | None:
+        """Return the first existing ``folder / relative``, or ``None``."""
+        for path in (folder / relative for folder in self.directories):
+            with contextlib.suppress(OSError):  # a folder that may not be searched
+                if path.exists():
+                    return path
+        return None
+
+    def missing(self, dataset: str, relative: str, remedy: str) -> DataError:
+        """Return the error that says where ``relative`` was looked for, and what to do."""
+        looked = ", ".join(str(folder) for folder in self.directories)
+        return DataError(f"dataset {dataset}: {relative} not found; looked in {looked}. {remedy}")

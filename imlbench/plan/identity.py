@@ -1,0 +1,216 @@
+"""What identifies code: the syntax of everything that a module imports, without its comments.
+
+A result depends on the code that made it: the module of a class, and whatever that imports in turn
+from its own distribution or from imlbench. A changed comment or docstring changes nothing; neither
+does a module that is not imported. Other libraries are not looked into: their versions are part of
+a result's provenance, not of its identity.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import distribution, packages_distributions
+from pathlib import Path
+from typing import NamedTuple
+
+
+def digest(*parts: object) -> str:
+    """Return a hash of JSON values, of 16 hexadecimal digits."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def code_of(*modules: str) -> str:
+    """Return what identifies the code of modules and of all that they import.
+
+    Arguments:
+        modules: Their names, such as ``cls.__module__``.
+
+    Example:
+        >>> code_of("imlbench.errors") == code_of("imlbench.errors", "imlbench.errors")
+        True
+    """
+    files = {file for module in modules for file in closure(module)}
+    return digest(sorted(_syntax(file) for file in files))
+
+
+@functools.cache
+def closure(module: str) -> frozenset[Path]:
+    """Return the source files of a module and of what it imports in turn.
+
+    Packages are not taken as a whole: ``from package import name`` leads to the module that defines
+    the name, so that what else a package exports does not count.
+    """
+    roots = _source_roots(module.partition(".")[0])
+    found: set[Path] = set()
+    waiting = [_find(module, roots)]
+    while waiting:
+        file = waiting.pop()
+        if file is not None and file not in found:
+            found.add(file)
+            waiting += [_resolve(wanted, roots) for wanted in _imports(file, roots)]
+    return frozenset(found)
+
+
+class Import(NamedTuple):
+    """``from module import name``, or ``import module`` if there is no name."""
+
+    module: str
+    name: str = ""
+
+
+Roots = dict[str, Path]
+"""Top-level modules that count, with the file or the folder of each."""
+
+
+@functools.cache
+def _source_roots(top: str) -> Roots:
+    """Return the top-level modules of the distribution that ``top`` is of, and of imlbench."""
+    roots = _neighbours(top) | _neighbours("imlbench")
+    return {name: place for name in roots if (place := _place(name)) is not None}
+
+
+def _neighbours(top: str) -> set[str]:
+    """Return the top-level modules of one distribution, installed or in a tree of sources."""
+    place = _place(top)
+    if place is None:
+        return {top}
+    if place.parent.name not in ("site-packages", "dist-packages"):
+        return {top, *(path.stem for path in place.parent.iterdir() if _is_module(path))}
+    owners = packages_distributions().get(top, [])
+    files = [file for owner in owners for file in distribution(owner).files or ()]
+    return {top, *(file.parts[0].removesuffix(".py") for file in files if file.suffix == ".py")}
+
+
+def _is_module(path: Path) -> bool:
+    return path.suffix == ".py" or (path / "__init__.py").is_file()
+
+
+@functools.cache
+def _place(top: str) -> Path | None:
+    """Return the file of a top-level module, or the folder of a package."""
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+        return None
+    origin = Path(spec.origin)
+    return origin.parent if origin.name == "__init__.py" else origin
+
+
+def _find(module: str, roots: Roots) -> Path | None:
+    """Return the source file of a module, without importing anything."""
+    top, *inner = module.split(".")
+    place = roots.get(top)
+    if place is None or (place.suffix == ".py" and inner):
+        return None
+    if place.suffix == ".py":
+        return place
+    path = place.joinpath(*inner)
+    for file in (path / "__init__.py", path.with_name(f"{path.name}.py")):
+        if file.is_file():
+            return file
+    return None
+
+
+def _resolve(wanted: Import, roots: Roots) -> Path | None:
+    """Return the file that defines what is imported, through packages that only pass it on."""
+    inner = _find(f"{wanted.module}.{wanted.name}", roots) if wanted.name else None
+    file = inner or _find(wanted.module, roots)
+    if inner is None and file is not None and file.name == "__init__.py":
+        for passed_on, names in _from_imports(ast.walk(_tree(file)), _package_of(file, roots)):
+            if wanted.name in names:
+                return _resolve(Import(passed_on, names[wanted.name]), roots) or file
+    return file
+
+
+def _imports(file: Path, roots: Roots) -> Iterator[Import]:
+    """Yield what a file imports; ``import a`` followed by ``a.b`` counts as importing b from a."""
+    tree = _tree(file)
+    modules: dict[str, str] = {}
+    for node in _runtime_nodes(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.asname or alias.name: alias.name for alias in node.names}
+    for module, names in _from_imports(_runtime_nodes(tree), _package_of(file, roots)):
+        yield from (Import(module, name) for name in names.values())
+    used = {alias: set[str]() for alias in modules}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and (owner := ast.unparse(node.value)) in used:
+            used[owner].add(node.attr)
+    for alias, module in modules.items():
+        yield from (Import(module, name) for name in used[alias] or {""})
+
+
+def _from_imports(nodes: Iterable[ast.AST], package: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield module and {name here: name there} of every ``from module import name``."""
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join(above) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            yield module, {alias.asname or alias.name: alias.name for alias in node.names}
+
+
+def _runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Walk over a tree without what only type checkers read."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        skipped: Sequence[ast.AST] = ()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            skipped = node.body
+        waiting += [child for child in ast.iter_child_nodes(node) if child not in skipped]
+
+
+def _package_of(file: Path, roots: Roots) -> str:
+    """Return the package that relative imports in a file start from."""
+    for top, place in roots.items():
+        if place.suffix != ".py" and file.is_relative_to(place):
+            return ".".join([top, *file.parent.relative_to(place).parts])
+    return ""
+
+
+@functools.cache
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_bytes())
+
+
+@functools.cache
+def _syntax(file: Path) -> str:
+    """Return a hash of a file's syntax tree without docstrings."""
+    content = hashlib.sha256()
+    for token in _tokens(_tree(file)):
+        content.update(token.encode())
+    return content.hexdigest()
+
+
+def _tokens(node: ast.AST) -> Iterable[str]:
+    """Spell out a syntax tree; empty fields are left out, as Python's versions differ in them."""
+    yield f"({type(node).__name__}"
+    for name, value in ast.iter_fields(node):
+        values = value if isinstance(value, list) else [value]
+        for part in values:
+            if isinstance(part, ast.AST):
+                if not _is_docstring(part):
+                    yield name
+                    yield from _tokens(part)
+            elif part is not None:
+                yield f"{name}={part!r};"
+    yield ")"
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    """Whether a node is a string that stands by itself."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )

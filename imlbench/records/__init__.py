@@ -1,0 +1,1 @@
+"""What jobs leave behind: folders, typed records, tables, and their export to MLflow."""

@@ -1,0 +1,124 @@
+"""Taking results away: jobs, with all that belongs to them, and what no job needs any more."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from imlbench.errors import UserError
+from imlbench.records.folder import JobFolder, Store
+from imlbench.records.record import Record
+from imlbench.records.tables import entries
+from imlbench.records.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What was taken away.
+
+    Arguments:
+        jobs: Names of job folders.
+        stages: How many shared stages.
+        runs: How many MLflow runs.
+        n_bytes: What their files held.
+    """
+
+    jobs: tuple[str, ...] = ()
+    stages: int = 0
+    runs: int = 0
+    n_bytes: int = 0
+
+
+def remove_jobs(store: Store, jobs: Sequence[str], tracker: Tracker) -> Removed:
+    """Remove jobs: their folders, and their MLflow runs.
+
+    Raises:
+        UserError: A job is running, or MLflow cannot be written to; then nothing is removed.
+    """
+    locks = [_hold(store.folder(job)) for job in jobs]
+    try:
+        runs = tracker.remove(
+            jobs
+        )  # first: a folder without a run is logged again, nothing is lost
+        n_bytes = sum(_delete(store.folder(job).path) for job in jobs)
+    finally:
+        for lock in locks:
+            lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)
+    return Removed(tuple(jobs), runs=runs, n_bytes=n_bytes)
+
+
+def collect_garbage(store: Store, tracker: Tracker) -> Removed:
+    """Remove what no job needs: stages, older code's results, MLflow runs without a folder.
+
+    Raises:
+        UserError: A job is running, or MLflow cannot be written to.
+    """
+    removed = remove_jobs(store, superseded(store.records()), tracker)
+    left = {folder.path.name: folder.read() for folder in store}
+    fits = [record.fit for record in left.values() if record and record.fit]
+    needed = {name for fit in fits for name in fit.stages}
+    unneeded = [
+        path
+        for path in sorted(store.stages.glob("*"))
+        if path.stem not in needed and not _is_held(store.stages / f"{path.stem}.lock")
+    ]
+    stages = sum(path.suffix == ".json" for path in unneeded)
+    n_bytes = sum(_delete(path) for path in unneeded)
+    runs = tracker.remove_orphans(list(left))
+    return Removed(removed.jobs, stages, removed.runs + runs, removed.n_bytes + n_bytes)
+
+
+def superseded(records: Iterable[Record]) -> list[str]:
+    """Return the jobs that were run again after their code had changed."""
+    newest: dict[tuple[str, ...], Record] = {}
+    older = []
+    for entry in sorted(entries(records), key=lambda entry: entry.record.started):
+        record = entry.record
+        same = (*entry.row, record.dataset, record.fingerprint, str(record.seed))
+        before = newest.get(same)
+        if before is not None and before.id != record.id:
+            older.append(before.id)
+        newest[same] = record
+    return sorted(set(older) - {record.id for record in newest.values()})
+
+
+def _hold(folder: JobFolder) -> FileLock:
+    folder.lock_path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.lock_path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"job {folder.path.name}: must not be running; another imlbench is at it. "
+            "Wait until it has ended, or stop it."
+        ) from error
+    return lock
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a process is at work on what a lock guards."""
+    if not path.exists():
+        return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def _delete(path: Path) -> int:
+    """Delete a file or a folder; return how many bytes its files had."""
+    if path.is_file():
+        n_bytes = path.stat().st_size
+        path.unlink()
+        return n_bytes
+    n_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    shutil.rmtree(path, ignore_errors=True)
+    return n_bytes

@@ -1,0 +1,51 @@
+"""How the harness computes a score: what it depends on besides the metric's own code."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from imlbench.api.artifact import AnyArtifact
+from imlbench.api.capabilities import members
+from imlbench.api.metric import AnyMetric, Evaluation, Score
+from imlbench.runner.seeding import seeded
+
+
+def why_not(plugin: AnyMetric | AnyArtifact, evaluation: Evaluation) -> str:
+    """Return why a metric or an artifact does not apply; empty if it does."""
+    kind = evaluation.dataset.space.kind
+    if kind not in plugin.kinds:
+        return f"not for {kind} data"
+    for owner, what, needs in (
+        (evaluation.model, "model", plugin.requires),
+        (evaluation.dataset, "dataset", plugin.requires_of_dataset),
+    ):
+        missing = [n for need in needs for n in members(need) if not hasattr(owner, n)]
+        if missing:
+            return f"the {what} has no {', '.join(missing)}"
+    return ""
+
+
+def score(metric: AnyMetric, evaluation: Evaluation) -> Score:
+    """Compute a metric, and refuse what is no score.
+
+    Raises:
+        TypeError: It is no :class:`Score`.
+        ValueError: The value is not finite, or there is not one value for every group.
+    """
+    seen = evaluation if metric.needs_samples else replace(evaluation, draws=None)
+    with seeded(0), torch.no_grad():
+        found = metric.compute(seen)
+    if not isinstance(found, Score):
+        raise TypeError(f"{metric.name} must return a Score; got {type(found).__name__}")
+    value = float(found.value)
+    stderr = None if found.stderr is None else float(found.stderr)
+    if not math.isfinite(value) or not math.isfinite(stderr or 0.0):
+        raise ValueError(f"{metric.name} must be finite; got {value} with error {stderr}")
+    if found.groups is not None and (
+        found.per_example is None or found.groups.shape != found.per_example.shape
+    ):
+        raise ValueError(f"{metric.name} must give one group for each per-example value")
+    return replace(found, value=value, stderr=stderr)

@@ -1,0 +1,231 @@
+"""Twelve kinds of change, and what is computed again after each: exactly what depends on it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from imlbench import Sources
+from imlbench.plan import identity
+from imlbench.plan.config import make_benchmark
+from imlbench.plan.identity import closure, code_of
+from imlbench.plan.jobs import identify_data, make_plan
+
+ROOT = Path(__file__).parent.parent
+MODELS = ("iml-gmm", "vae", "gan", "wgan", "reference-gmm")
+METRICS = ("kde", "reconstruction_error", "log_likelihood_manifold")
+IML_STAGE = ("imlbench_iml.autoencoders", "imlbench.runner.fitting")
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A copy of the sources, and what identifies the results of jobs on digits that they make."""
+
+    root: Path
+    registry: object
+
+    def edit(self, path: str, old: str, new: str) -> None:
+        """Replace the first ``old``, which must be there."""
+        file = self.root / path
+        text = file.read_text(encoding="utf-8")
+        assert old in text, f"{path} has no {old!r} any more"
+        file.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+    def add(self, path: str, text: str) -> None:
+        """Append a line, in a new file if need be."""
+        with (self.root / path).open("a", encoding="utf-8") as file:
+            file.write(f"\n{text}\n")
+
+    def keys(self, *settings: str, **given: int) -> dict[str, str]:
+        """Return the keys of all fits, samples and scores, and of the shared auto-encoder."""
+        for function in (
+            identity.code_of,
+            identity.closure,
+            identity._tree,
+            identity._syntax,
+            identity._source_roots,
+        ):
+            function.cache_clear()
+        benchmark = make_benchmark(
+            None,
+            None,
+            models=MODELS,
+            datasets=["digits"],
+            metrics=METRICS,
+            settings=["latent_dim=5", *settings],
+            **given,
+        )
+        plan = identify_data(make_plan(benchmark, self.registry), self.registry, Sources())
+        found = {"stage": code_of(*IML_STAGE)}
+        for job in plan.jobs:
+            found |= {f"{job.model} fit": job.fit_key, f"{job.model} draw": job.draw_key}
+            found |= {f"{job.model} {task.label}": task.key(job) for task in plan.metrics}
+        return found
+
+
+@pytest.fixture
+def tree(registry, tmp_path, monkeypatch):
+    for folder in ("imlbench", "plugins"):
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    places = {path.name: path for path in (tmp_path / "plugins").iterdir()}
+    places["imlbench"] = tmp_path / "imlbench"
+    monkeypatch.setattr(identity, "_place", places.get)
+    yield Tree(tmp_path, registry)
+    for function in (identity.code_of, identity.closure, identity._source_roots):
+        function.cache_clear()  # of what was said of the copy
+
+
+def of(*models: str) -> set[str]:
+    """Everything that is computed for these models."""
+    return {f"{model} {what}" for model in models for what in ("fit", "draw", *METRICS)}
+
+
+def what(*names: str) -> set[str]:
+    """One thing of every model."""
+    return {f"{model} {name}" for model in MODELS for name in names}
+
+
+CHANGES: dict[str, tuple[Callable[[Tree], object], set[str]]] = {
+    "a comment": (
+        lambda tree: tree.add("imlbench/densities/mixture.py", "# Nothing but a comment."),
+        set(),
+    ),
+    "a docstring": (
+        lambda tree: tree.edit("imlbench/densities/mixture.py", '"""', '"""Indeed: '),
+        set(),
+    ),
+    "a density's numerics": (
+        lambda tree: tree.edit("imlbench/densities/mixture.py", "_EMPTY = 1e-8", "_EMPTY = 1e-7"),
+        of("iml-gmm", "reference-gmm"),
+    ),
+    "a metric's code": (
+        lambda tree: tree.add("plugins/imlbench_metrics/kde.py", "SOMETHING = 1"),
+        what("kde"),
+    ),
+    "a metric added": (
+        lambda tree: (
+            tree.add("plugins/imlbench_metrics/fresh.py", "class Fresh: ..."),
+            tree.add("plugins/imlbench_metrics/__init__.py", "from imlbench_metrics import fresh"),
+        ),
+        set(),
+    ),
+    "the runner": (
+        lambda tree: [
+            tree.add(f"imlbench/{path}.py", "SOMETHING = 1")
+            for path in (
+                "runner/job",
+                "runner/local",
+                "runner/context",
+                "records/folder",
+                "session",
+            )
+        ],
+        set(),
+    ),
+    "derive_seed": (
+        lambda tree: tree.edit("imlbench/api/randomness.py", "digest[:8]", "digest[8:16]"),
+        of(*MODELS) | {"stage"},
+    ),
+    "a plugin's helper module": (
+        lambda tree: tree.edit(
+            "plugins/imlbench_iml/invertible.py", "SLOPE = 0.01", "SLOPE = 0.02"
+        ),
+        of("iml-gmm") | {"stage"},
+    ),
+    "another plugin": (
+        lambda tree: tree.add("plugins/imlbench_gan/gan.py", "SOMETHING = 1"),
+        of("gan", "wgan"),
+    ),
+    "how samples are drawn": (
+        lambda tree: tree.add("imlbench/runner/drawing.py", "SOMETHING = 1"),
+        what("draw", "kde"),
+    ),
+    "the dataset's code, with the same content": (
+        lambda tree: tree.add("plugins/imlbench_images/digits.py", "SOMETHING = 1"),
+        what(*METRICS),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_code_redoes_what_depends_on_it(tree, change):
+    edit, expected = CHANGES[change]
+    before = tree.keys()
+    edit(tree)
+    after = tree.keys()
+    assert {name for name in before if after[name] != before[name]} == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "expected"),
+    [
+        ([], {"n_draws": 3}, what("draw", "kde")),
+        (["filter_length=30", "width=7"], {}, set()),  # for sequences, for larger images
+        (["kde.h=0.1"], {}, what("kde")),
+        (["iml-gmm.n_components=4"], {}, of("iml-gmm")),
+    ],
+)
+def test_a_change_of_parameters_redoes_what_depends_on_it(tree, settings, given, expected):
+    before, after = tree.keys(), tree.keys(*settings, **given)
+    after = {name.replace("kde[h=0.1]", "kde"): key for name, key in after.items()}
+    assert {name for name in before if after[name] != before[name]} == expected
+
+
+def test_a_new_version_of_torch_is_told_in_the_record_and_redoes_nothing(tree, monkeypatch):
+    before = tree.keys()
+    monkeypatch.setattr("torch.__version__", "99.0")
+    assert tree.keys() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("x = 1  # one", True),
+        ('"""What it is."""\nx = 1', True),
+        ("x = (\n    1\n)", True),
+        ('x = 1\n"""What x is."""', True),
+        ("x = 2", False),
+        ("x = 1.0", False),
+        ("y = 1", False),
+        ("x = 1\nprint(x)", False),
+    ],
+)
+def test_syntax_counts_and_its_form_does_not(tmp_path, text, same):
+    one, other = tmp_path / "one.py", tmp_path / "other.py"
+    one.write_text("x = 1\n")
+    other.write_text(text)
+    assert (identity._syntax(one) == identity._syntax(other)) is same
+
+
+SOURCES = {
+    "package/__init__.py": "from package.inner import public\nfrom package.rest import other",
+    "package/inner.py": "from . import helper\ndef public(): pass",
+    "package/helper.py": "import package.far.away as away\naway.thing",
+    "package/far/__init__.py": "",
+    "package/far/away.py": "if TYPE_CHECKING:\n    import package.rest",
+    "package/rest.py": "other = 1",
+    "plugin.py": "import numpy\nfrom package import public\ndef f():\n    import later",
+    "later.py": "",
+    "unused.py": "",
+}
+
+
+def test_the_closure_follows_names_to_where_they_are_defined(tmp_path, monkeypatch):
+    for name, text in SOURCES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = {str(path.relative_to(tmp_path)) for path in closure("plugin")}
+    assert found == {
+        "plugin.py",
+        "later.py",  # imported inside a function
+        "package/inner.py",  # where public is defined, not what else the package exports
+        "package/helper.py",
+        "package/far/away.py",
+    }
