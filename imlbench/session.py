@@ -173,7 +173,7 @@ def _flat(entry: Entry) -> dict[str, object]:
         **{f"{record.dataset}.{name}": value for name, value in record.dataset_params.items()},
         "status": str(record.status),
     }
-    for score in entry.scores:
+    for score in entry.scores.values():
         row |= {score.label: score.value, f"{score.label}.stderr": score.stderr}
     if record.fit:
         row |= {

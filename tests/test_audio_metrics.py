@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,24 +12,26 @@ import pytest
 import scipy.signal
 import soundfile
 import torch
-from imlbench_audio.metrics import (
-    BAND_EDGES,
-    LogSpectralDistance,
-    PairKDE,
-    ReconstructionSNR,
-    SequenceLogLikelihood,
-    ShuffledLogLikelihood,
-    WaveformPairKDE,
-    mean_of_chunks,
-    shuffled,
-)
 from matplotlib.image import imread
+from pydantic import ValidationError
 from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
 
-from imlbench import Evaluation, Examples, Splits
-from imlbench_audio.framing import chunked, frame, overlap_add
-from imlbench_audio.violin import SynthViolin
+from imlbench import Evaluation, Examples, Params, Score, Splits
+from imlbench.api.capabilities import members
+from imlbench_audio import imlbench_metrics
+from imlbench_audio.artifacts import Recordings, Spectrograms, States, spectrogram
+from imlbench_audio.framing import chunked, frame, overlap_add, stretches
+from imlbench_audio.likelihood import SequenceLogLikelihood, ShuffledLogLikelihood, shuffled
+from imlbench_audio.pairs import (
+    BAND_EDGES,
+    PairKDE,
+    PairKDEParams,
+    WaveformPairKDE,
+    WaveformPairKDEParams,
+)
+from imlbench_audio.signals import LogSpectralDistance, ReconstructionSNR
+from imlbench_audio.violin import SynthViolin, SynthViolinParams
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -45,9 +48,11 @@ def alternating(n: int, seed: int, shuffle: bool = False) -> torch.Tensor:
 
 
 def evaluation(test: Examples, samples: torch.Tensor, model=None, valid=None) -> Evaluation:
-    dataset = SynthViolin(SynthViolin.Params())
+    dataset = SynthViolin(SynthViolinParams())
     splits = Splits(test, valid or test, test)
-    return Evaluation(dataset, splits, samples, model, torch.device("cpu"))
+    return Evaluation(
+        dataset=dataset, splits=splits, draws=samples, model=model, device=torch.device("cpu")
+    )
 
 
 def pairs_of(features: np.ndarray, lengths) -> np.ndarray:
@@ -71,9 +76,12 @@ def loudness(chunks: torch.Tensor) -> np.ndarray:
     return np.log10(np.stack(bands, axis=1) + 0.01)
 
 
+WAVEFORM, BANDS = WaveformPairKDE(WaveformPairKDEParams()), PairKDE(PairKDEParams())
+
+
 @pytest.mark.parametrize(
     ("metric", "features"),
-    [(WaveformPairKDE(), lambda x: x.double().numpy()), (PairKDE(), loudness)],
+    [(WAVEFORM, lambda x: x.double().numpy()), (BANDS, loudness)],
 )
 def test_pair_kde_is_scipys_on_pairs_within_recordings(metric, features):
     lengths = (5, 1, 14)
@@ -92,7 +100,7 @@ def test_pair_kde_is_scipys_on_pairs_within_recordings(metric, features):
         assert brute_force_kde(x, draws[0], factor * score.settings["h"]).mean() < best
 
 
-@pytest.mark.parametrize("metric", [WaveformPairKDE(), PairKDE()])
+@pytest.mark.parametrize("metric", [WAVEFORM, BANDS])
 def test_pair_kde_prefers_a_model_of_time(metric):
     test = Examples(alternating(60, 0), lengths=(30, 30))
     in_time, without = (
@@ -105,17 +113,17 @@ def test_pair_kde_prefers_a_model_of_time(metric):
 def test_standard_error_takes_stretches_as_independent():
     lengths = (100, 30)
     steps = np.repeat(np.random.default_rng(0).standard_normal(13), 10)
-    score = mean_of_chunks(torch.from_numpy(steps), lengths)
+    score = Score.mean(torch.from_numpy(steps), stretches(lengths))
     parts = np.split(steps, [40, 80, 100])
     sums = np.array([(part - steps.mean()).sum() for part in parts])
     assert score.value == pytest.approx(steps.mean())
     assert score.stderr == pytest.approx(math.sqrt(4 / 3 * (sums**2).sum()) / 130)
-    assert mean_of_chunks(torch.zeros(10), (10,)).stderr is None
+    assert Score.mean(torch.zeros(10), stretches((10,))).stderr is None
 
 
 def test_standard_error_of_independent_single_chunks_is_the_usual_one():
     values = noise(500).double()
-    score = mean_of_chunks(values, (1,) * 500)
+    score = Score.mean(values, stretches((1,) * 500))
     assert score.stderr == pytest.approx(values.std().item() / math.sqrt(500))
 
 
@@ -133,7 +141,7 @@ def test_sequence_log_likelihood_knows_order_and_recordings():
     x[:, 0] = torch.arange(16.0)
     test = Examples(x, lengths=lengths)
     given = evaluation(test, x[None], _Differences())
-    score = SequenceLogLikelihood().compute(given)
+    score = SequenceLogLikelihood(Params()).compute(given)
     np.testing.assert_allclose(score.per_example, -np.array([0, *[1] * 5, 6, 7, *[1] * 8]))
     order = shuffled(lengths, torch.Generator().manual_seed(0)).tolist()
     assert [sorted(order[a:b]) for a, b in ((0, 6), (6, 7), (7, 16))] == [
@@ -141,7 +149,7 @@ def test_sequence_log_likelihood_knows_order_and_recordings():
         [6],
         list(range(7, 16)),
     ]
-    again = ShuffledLogLikelihood().compute(given)
+    again = ShuffledLogLikelihood(Params()).compute(given)
     before = {now: last for last, now in itertools.pairwise(order)}
     expected = [
         -abs(t - (0 if t in (order[0], order[6], order[7]) else before[t])) for t in range(16)
@@ -162,16 +170,16 @@ class _Coarse:
         return h
 
     def can(self, capability):
-        return callable(getattr(self, capability, None))
+        return all(hasattr(self, name) for name in members(capability))
 
 
 def test_reconstruction_snr_is_that_of_the_audio():
     test = chunked([noise(4000), noise(900, seed=1)])
-    score = ReconstructionSNR().compute(evaluation(test, test[:][None], _Coarse()))
+    score = ReconstructionSNR(Params()).compute(evaluation(test, test[:][None], _Coarse()))
     assert score.value == pytest.approx(20 * math.log10(2))
     model = SimpleNamespace(encode=lambda x: x, decode=lambda h: h + 0.1 * noise(*h.shape, seed=2))
     one = chunked([noise(4000)])
-    score = ReconstructionSNR().compute(evaluation(one, one[:][None], model))
+    score = ReconstructionSNR(Params()).compute(evaluation(one, one[:][None], model))
     x, error = overlap_add(one[:]), overlap_add(0.1 * noise(len(one), 800, seed=2))
     assert score.value == pytest.approx(
         10 * np.log10(np.square(x.numpy()).sum() / np.square(error.numpy()).sum()), abs=1e-4
@@ -181,7 +189,7 @@ def test_reconstruction_snr_is_that_of_the_audio():
 def test_log_spectral_distance_is_that_of_scipys_spectra():
     real, generated = noise(8000), scipy.signal.lfilter([1, 0.9], [1], noise(8000, seed=1).numpy())
     samples = frame(torch.from_numpy(generated).float())
-    score = LogSpectralDistance().compute(evaluation(chunked([real]), samples[None]))
+    score = LogSpectralDistance(Params()).compute(evaluation(chunked([real]), samples[None]))
 
     def spectrum(chunks):
         _, p = scipy.signal.welch(
@@ -198,13 +206,55 @@ def test_log_spectral_distance_is_that_of_scipys_spectra():
     floor = 1e-6 * b.max()
     truth = np.sqrt(np.mean((10 * np.log10((a + floor) / (b + floor))) ** 2))
     assert score.value == pytest.approx(truth, rel=1e-4)
-    assert LogSpectralDistance().compute(evaluation(chunked([real]), frame(real)[None])).value < 0.2
+    assert (
+        LogSpectralDistance(Params()).compute(evaluation(chunked([real]), frame(real)[None])).value
+        < 0.2
+    )
 
 
 def test_twice_as_loud_is_six_decibels_away():
     test = chunked([noise(8000)])
-    score = LogSpectralDistance().compute(evaluation(test, 2 * test[:][None]))
+    score = LogSpectralDistance(Params()).compute(evaluation(test, 2 * test[:][None]))
     assert score.value == pytest.approx(20 * math.log10(2), abs=1e-3)
+
+
+def test_groups_of_the_test_split_enter_the_standard_error():
+    """Pairs have the group of their first chunk, chunks their own: stretches of a recording."""
+    test = chunked([noise(33_000), noise(20_000, seed=1)])  # 82 and 49 chunks
+    given = evaluation(test, noise(1, 60, 800, seed=2), _Differences())
+    for metric, n_less, cuts in (
+        (BANDS, 1, [40, 80, 81, 121]),  # of 81 and 48 pairs
+        (SequenceLogLikelihood(Params()), 0, [40, 80, 82, 122]),
+    ):
+        score = metric.compute(given)
+        values = score.per_example.numpy()
+        assert len(values) == 131 - 2 * n_less
+        sums = [(part - values.mean()).sum() for part in np.split(values, cuts)]
+        truth = math.sqrt(5 / 4 * np.square(sums).sum()) / len(values)
+        assert score.stderr == pytest.approx(truth), metric.name
+
+
+def test_metrics_look_at_samples_if_they_say_so():
+    test = chunked([noise(4000)])
+    given = evaluation(test, None, _Everything())
+    for cls in imlbench_metrics():
+        metric = cls(cls.params_type())
+        if metric.needs_samples:
+            with pytest.raises(RuntimeError, match="needs_samples"):
+                metric.compute(given)
+        else:
+            metric.compute(given)
+
+
+class _Everything(_Coarse, _Differences):
+    pass
+
+
+@pytest.mark.parametrize("params", [PairKDEParams, WaveformPairKDEParams])
+def test_impossible_grids_are_refused(params):
+    for wrong in ({"n_h": 1}, {"log10_h_min": 1.0}):
+        with pytest.raises(ValidationError):
+            params(**wrong)
 
 
 class _WithStates(_Coarse):
@@ -212,12 +262,19 @@ class _WithStates(_Coarse):
         return torch.randn(n, 800, generator=generator), torch.arange(n) // 10
 
 
-def test_what_is_drawn_can_be_heard_and_seen(tmp_path):
+def write(artifact, given: Evaluation, folder: Path) -> list[str]:
+    """Write an artifact; return the names of its files."""
+    artifact(Params()).write(given, folder)
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_recordings_can_be_heard(tmp_path):
     test = chunked([noise(50_000), noise(50_000, seed=1)])
-    given = evaluation(test, 30 * noise(1, 250, 800, seed=2), _WithStates())
-    given.dataset.draw(given, tmp_path)
-    for name in ("real", "reconstructed", "generated"):
-        signal, rate = soundfile.read(tmp_path / f"{name}.wav")
+    given = evaluation(test, 30 * noise(1, 250, 800, seed=2), _Coarse())
+    names = ["generated.wav", "real.wav", "reconstructed.wav"]
+    assert write(Recordings, given, tmp_path) == names
+    for name in names:
+        signal, rate = soundfile.read(tmp_path / name)
         assert (rate, signal.shape) == (8000, (80_000,))
         assert 0.4 < np.abs(signal).max() <= 0.9001
     real = soundfile.read(tmp_path / "real.wav")[0]
@@ -227,15 +284,30 @@ def test_what_is_drawn_can_be_heard_and_seen(tmp_path):
     )
     half = soundfile.read(tmp_path / "reconstructed.wav")[0]
     np.testing.assert_allclose(half, real / 2, atol=1e-4)  # one gain for both
-    for name in ("spectrograms", "states"):
-        assert imread(tmp_path / f"{name}.png").shape[2] == 4
+
+
+@pytest.mark.parametrize("artifact", [Spectrograms, States])
+def test_audio_can_be_seen(tmp_path, artifact):
+    test = chunked([noise(50_000), noise(50_000, seed=1)])
+    given = evaluation(test, 30 * noise(1, 250, 800, seed=2), _WithStates())
+    assert all(given.model.can(capability) for capability in artifact.requires)
+    assert write(artifact, given, tmp_path) == [f"{artifact.name}.png"]
+    pixels = imread(tmp_path / f"{artifact.name}.png")
+    assert min(pixels.shape[:2]) > 400
+    assert pixels.std() > 0.1  # something is drawn
+
+
+def test_the_spectrogram_of_a_tone_has_its_power_at_its_frequency():
+    time = torch.arange(16_000, dtype=torch.float64) / 8000
+    decibels = spectrogram(torch.sin(2 * math.pi * 1000 * time))
+    assert (decibels.argmax(axis=0) == 1000 * 256 // 8000).all()
+    assert decibels.shape == (129, 1 + (16_000 - 256) // 64)
 
 
 def test_silence_can_be_written_too(tmp_path):
     test = chunked([noise(4000)])
-    given = evaluation(
-        test, torch.zeros(1, 20, 800), SimpleNamespace(name="x", can=lambda c: False)
-    )
-    given.dataset.draw(given, tmp_path)
+    model = SimpleNamespace(name="x", can=lambda capability: False)
+    given = evaluation(test, torch.zeros(1, 20, 800), model)
+    assert write(Recordings, given, tmp_path) == ["generated.wav", "real.wav"]
     assert not soundfile.read(tmp_path / "generated.wav")[0].any()
-    assert not (tmp_path / "reconstructed.wav").exists()
+    assert write(Spectrograms, given, tmp_path)[-1] == "spectrograms.png"

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 import statistics
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
 
 from imlbench import UserError
+from imlbench.records.folder import JobFolder, Store
 from imlbench.records.record import Environment, Fit, Record, Scored, Status
 from imlbench.records.render import render
 from imlbench.records.tables import Cell, Table, entries, make_tables
@@ -303,3 +306,51 @@ def test_latex_escapes_what_has_a_meaning(runs):
     latex = render([table], "latex")
     escaped = r"A \& B\_1 \{50 \%\} \#\$\textasciitilde{}\textasciicircum{}"
     assert escaped in latex
+
+
+N_RUNS = 10_000
+
+READ = """
+import resource, sys, time
+from imlbench.cli import main
+start = time.process_time()
+try:
+    main(["leaderboard", "--results", sys.argv[1], "--format", "csv"])
+finally:
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{seconds} {peak}", file=sys.stderr)
+"""
+
+
+def made(number: int) -> Record:
+    """A record with as many parameters and scores as a real one has."""
+    record = run(
+        f"model-{number % 20}",
+        number // 1000,
+        float(number),
+        1.0,
+        latent_dim=number // 20 % 50,
+        id=f"mnist-model-{number}",
+    )
+    for index in range(10):
+        record = record.with_score(scored(f"metric_{index}", float(index), stderr=0.1))
+    return record
+
+
+@pytest.mark.slow
+def test_a_leaderboard_of_ten_thousand_runs(tmp_path):
+    """5 s and 500 MB; processor time, as others may be at work on the machine."""
+    store = Store(tmp_path / "results")
+    store.prepare()
+    for number in range(N_RUNS):
+        folder = JobFolder(store.runs / f"mnist-model-{number}")
+        folder.path.mkdir()
+        (folder.path / "record.json").write_text(made(number).model_dump_json(indent=1))
+    answer = subprocess.run(
+        [sys.executable, "-c", READ, store.root], capture_output=True, text=True, check=True
+    )
+    seconds, mebibytes = map(float, answer.stderr.split())
+    assert answer.stdout.count("\nmnist,model-") == 1000  # models and numbers of dimensions
+    assert seconds < 5
+    assert mebibytes < 500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
@@ -204,6 +205,7 @@ def leaderboard(
     format_: Format,
 ) -> None:
     """Print a table per dataset of everything that was run."""
+    gc.disable()  # it would look at thousands of records over and over, and the process ends soon
     from imlbench.session import results as read_results
 
     found = read_results(results, tracking=tracking, config=config)
@@ -351,7 +353,7 @@ def _choose(
 
 
 def _print_plan(plan: Plan) -> None:
-    from imlbench.plan.jobs import assignments
+    from imlbench.plan.settings import assignments
 
     for job in plan.jobs:
         text = ", ".join(assignments({**job.dataset_params, **job.model_params}))

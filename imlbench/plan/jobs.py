@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TypeVar
 
-from pydantic import JsonValue, ValidationError
+from pydantic import ValidationError
 
 from imlbench.api import (
     AnyArtifact,
@@ -28,8 +28,7 @@ from imlbench.errors import DataError, ParameterError, UserError, unknown
 from imlbench.plan.config import Benchmark, Setting, constraint
 from imlbench.plan.identity import code_of, digest
 from imlbench.plan.registry import PluginClass, Registry, family_of
-
-Settings = dict[str, JsonValue]
+from imlbench.plan.settings import Settings, assignments
 
 _C = TypeVar("_C", bound=PluginClass)
 
@@ -113,19 +112,6 @@ class Job:
         return ", ".join([f"{self.model} on {self.dataset}", *assignments(self.varying)]) + (
             f", seed {self.seed}"
         )
-
-
-def assignments(settings: Mapping[str, JsonValue]) -> list[str]:
-    """Return parameters as a person reads them.
-
-    Example:
-        >>> assignments({"latent_dim": 40, "backend": "torch", "classes": [0, 1]})
-        ['latent_dim=40', 'backend=torch', 'classes=[0, 1]']
-    """
-    return [
-        f"{name}={value if isinstance(value, str) else json.dumps(value)}"
-        for name, value in settings.items()
-    ]
 
 
 @dataclass(frozen=True)

@@ -172,14 +172,13 @@ class Store:
     def _refuse_other_forms(self) -> None:
         where = f"--results: {self.root}"
         remedy = "Choose another folder with --results, or move this one away."
-        old = next(self.runs.glob("*/config.json"), None)
-        if old is not None and not old.with_name("record.json").exists():
+        form = self._marker().get("schema_version")
+        if form is None and next(self.runs.glob("*/config.json"), None) is not None:
             raise UserError(
                 f"{where} must hold results of the form {SCHEMA}; got those of a version of "
                 f"imlbench before records. {remedy}"
             )
-        form = self._marker().get("schema_version", SCHEMA)
-        if form != SCHEMA:
+        if form not in (None, SCHEMA):
             raise UserError(
                 f"{where} must hold results of the form {SCHEMA}; got form {form}, of another "
                 f"version of imlbench. {remedy}"
@@ -254,12 +253,10 @@ class Store:
             return
         yield from (JobFolder(self.runs / name) for name in names)
 
-    def records(self) -> Iterator[Record]:
-        """Iterate over the records of all jobs that ended, by name of their folders."""
-        for folder in self:
-            record = folder.read()
-            if record is not None and record.status is not None:
-                yield record
+    def records(self) -> list[Record]:
+        """Return the records of all jobs that ended, by name of their folders."""
+        found = (folder.read() for folder in self)
+        return [record for record in found if record is not None and record.status is not None]
 
 
 def _name_of(root: Path) -> JsonValue:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict
 
-from imlbench.plan.jobs import Job, Task
+from imlbench.plan.settings import Settings
+
+if TYPE_CHECKING:
+    from imlbench.plan.jobs import Job, Task
 
 SCHEMA = 2
 """The version of the form of records; folders of another are refused."""
-
-Settings = dict[str, JsonValue]
 
 
 class Status(StrEnum):

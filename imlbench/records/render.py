@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import html
+import io
 import json
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import pandas as pd
 from tabulate import tabulate
 
 from imlbench.records.tables import Column, Row, Table
@@ -70,14 +71,21 @@ def render(tables: Sequence[Table], format: Format, *, width: int | None = None)
             sequences: the best value is then marked with an asterisk.
     """
     if format in ("csv", "json"):
-        frame = pd.DataFrame([record for table in tables for record in _records(table)])
-        if format == "csv":
-            return frame.to_csv(index=False).rstrip("\n")
-        return json.dumps(json.loads(frame.to_json(orient="records")), indent=2)
+        records = [record for table in tables for record in _records(table)]
+        return _to_csv(records) if format == "csv" else json.dumps(records, indent=2)
     width = shutil.get_terminal_size().columns if width is None else width
     style = _STYLES["plain" if format == "terminal" and not width else format]
     limit = width if format == "terminal" else 0
     return "\n\n".join(_render(table, style, limit, format) for table in tables)
+
+
+def _to_csv(records: Sequence[Mapping[str, str | float | None]]) -> str:
+    fields = dict.fromkeys(name for record in records for name in record)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(fields), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue().rstrip("\n")
 
 
 def _render(table: Table, style: _Style, width: int, format: str) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from pydantic import JsonValue
 
 from imlbench.errors import UserError, unknown
-from imlbench.plan.jobs import assignments
+from imlbench.plan.settings import assignments
 from imlbench.records.record import Record, Scored, Status
 
 Published = Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -52,10 +52,11 @@ class Cell:
     @classmethod
     def of(cls, scores: Sequence[Scored], n_seeds: int) -> Cell:
         """Return the cell of one metric's results for several seeds."""
-        values = [score.value for score in scores]
-        if len(values) > 1:
-            return cls(statistics.mean(values), spread=statistics.stdev(values))
-        return cls(values[0], stderr=scores[0].stderr if n_seeds == 1 else None)
+        mean = math.fsum(score.value for score in scores) / len(scores)
+        if len(scores) == 1:
+            return cls(mean, stderr=scores[0].stderr if n_seeds == 1 else None)
+        squares = math.fsum((score.value - mean) ** 2 for score in scores)
+        return cls(mean, spread=math.sqrt(squares / (len(scores) - 1)))
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,11 @@ class Entry:
     record: Record
     draw: str
 
-    @property
-    def scores(self) -> list[Scored]:
-        """What was computed from these samples, or from the fit alone."""
-        return [score for score in self.record.scores if score.draw in ("", self.draw)]
+    @cached_property
+    def scores(self) -> dict[str, Scored]:
+        """What was computed from these samples, or from the fit alone, by label."""
+        found = self.record.scores
+        return {score.label: score for score in found if score.draw in ("", self.draw)}
 
     @property
     def params(self) -> dict[str, JsonValue]:
@@ -280,8 +282,8 @@ def _newest(members: Sequence[Entry]) -> list[Entry]:
 def _make_row(members: Sequence[Entry], columns: Sequence[Column]) -> Row:
     by_label: dict[str, list[Scored]] = defaultdict(list)
     for entry in members:
-        for score in entry.scores:
-            by_label[score.label].append(score)
+        for label, score in entry.scores.items():
+            by_label[label].append(score)
     cells = {
         column.name: Cell.of(by_label[column.name], len(members))
         for column in columns
@@ -289,7 +291,7 @@ def _make_row(members: Sequence[Entry], columns: Sequence[Column]) -> Row:
     }
     params = dict(pair.split("=", 1) for pair in assignments(members[0].params))
     fits = [entry.record.fit.seconds for entry in members if entry.record.fit]
-    seconds = statistics.mean(fits) if fits else None
+    seconds = math.fsum(fits) / len(fits) if fits else None
     return Row(members[0].record.model, params, len(members), cells, seconds)
 
 
@@ -297,7 +299,7 @@ def _columns(scored: Sequence[Entry], metrics: Sequence[str]) -> list[Column]:
     found = {
         score.label: Column(score.label, score.unit, score.higher_is_better, score.position)
         for entry in scored
-        for score in entry.scores
+        for score in entry.scores.values()
     }
     ordered = sorted(found.values(), key=lambda column: (column.position, column.name))
     if not metrics:
@@ -327,7 +329,7 @@ def _settings(scored: Sequence[Entry], columns: Sequence[Column]) -> list[str]:
     for column in columns:
         groups: dict[str, list[tuple[str, dict[str, JsonValue]]]] = {}
         for entry in scored:
-            score = entry.record.score(column.name, entry.draw)
+            score = entry.scores.get(column.name)
             if score is not None and score.settings:
                 kept = {k: None if isinstance(v, float) else v for k, v in score.settings.items()}
                 group = groups.setdefault(json.dumps(kept), [])

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from imlbench.errors import UserError
 from imlbench.plan.identity import digest
-from imlbench.plan.jobs import assignments
+from imlbench.plan.settings import assignments
 from imlbench.records.folder import JobFolder, Store
 from imlbench.records.record import Record, Status
 

@@ -27,7 +27,7 @@ class PlainDisplay:
     """
 
     def __init__(self, n_jobs: int, interval: float = 10.0) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, force_jupyter=False)
         self._n_jobs, self._n_ended, self._interval = n_jobs, 0, interval
         self._last: dict[str, float] = {}
         self._clock = _Clock()
@@ -142,4 +142,8 @@ def make_display(n_jobs: int, is_wanted: bool = True) -> PlainDisplay:
     """Return the display that suits the error stream."""
     if not is_wanted:
         return SilentDisplay(n_jobs)
-    return LiveDisplay(n_jobs) if Console(stderr=True).is_terminal else PlainDisplay(n_jobs)
+    return (
+        LiveDisplay(n_jobs)
+        if Console(stderr=True, force_jupyter=False).is_terminal
+        else PlainDisplay(n_jobs)
+    )
