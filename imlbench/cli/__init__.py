@@ -244,9 +244,9 @@ def rm(
     )
 
 
-@main.command()
+@main.command("gc")
 @_results
-def gc(results: Path) -> None:
+def collect(results: Path) -> None:
     """Remove what no job needs: shared stages, results of older code, MLflow runs without a job."""
     from imlbench.records.removal import collect_garbage
 

@@ -80,8 +80,9 @@ class Nearest(Artifact[Params]):
             len(shown),
             ["sample", "nearest\ntraining image"],
             [f"{distance:#.3g}" for distance in distances[:N_SHOWN].tolist()],
-            f"Euclidean distance to the nearest training image: median {distances.median():#.3g} of "
-            f"{len(distances)} samples, {of_test.median():#.3g} of {len(of_test)} test images",
+            "Euclidean distance to the nearest training image: median "
+            f"{distances.median():#.3g} of {len(distances)} samples, "
+            f"{of_test.median():#.3g} of {len(of_test)} test images",
         )
         title = heading(evaluation, "nearest training images")
         write_panels(title, [panel], evaluation.dataset.space, folder / "nearest.png")

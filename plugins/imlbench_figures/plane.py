@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 N_POINTS = 2000
 """Points in a scatter plot."""
 
-N_GRID = 16
+N_GRID = 12
 """Latents along each axis that are decoded."""
 
 MIN_WEIGHT = 1e-3
