@@ -14,6 +14,18 @@ from click.testing import CliRunner, Result
 from imlbench.plan.registry import Registry
 
 
+def pytest_configure() -> None:
+    """Give each of the processes that share the tests a processor of its own.
+
+    Jobs take as many threads as they may use processors, and threads that outnumber these wait for
+    each other.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        processors = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
+
+
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Keep every test away from the user's cache, tracking server and results."""

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from imlbench.config import make_benchmark
-from imlbench.job import run_job
-from imlbench.registry import Registry
-from imlbench.store import JobFolder, Store
 from safetensors.torch import load_file
 
 from imlbench import Sources
-from imlbench.plan import identify_data, make_plan
+from imlbench.plan.config import make_benchmark
+from imlbench.plan.jobs import identify_data, make_plan
+from imlbench.plan.registry import Registry
+from imlbench.records.folder import JobFolder, Store
+from imlbench.runner.job import run_job
 
 
 def run(

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
-from imlbench import Sources, UserError
-from imlbench.plan.config import make_benchmark
+from imlbench import (
+    Dataset,
+    Metric,
+    Model,
+    Params,
+    Score,
+    Sources,
+    Space,
+    UserError,
+    hookimpl,
+)
+from imlbench.plan.config import find_file, make_benchmark
+from imlbench.plan.describe import describe_one
 from imlbench.plan.jobs import identify_data, make_plan
+from imlbench.plan.registry import Registry
 
 TOML = """
 [defaults]
@@ -158,3 +172,100 @@ def test_an_unknown_benchmark_is_answered_with_the_list(registry, path):
 def test_nothing_to_run_names_what_is_missing(registry):
     told = errors_of(registry, None, None, models=["vae"])
     assert "--datasets must be given" in told
+
+
+class _Unresolvable(Model[Params]):
+    """Fails when it is planned."""
+
+    name = "unresolvable"
+
+    @classmethod
+    def resolve(cls, params, space):
+        raise RuntimeError("no idea")
+
+    def fit(self, train, valid, context):
+        """Learn nothing."""
+
+    def sample(self, n, generator):
+        """Return zeros."""
+        return torch.zeros(n, *self.space.event_shape)
+
+
+class _Fine(_Unresolvable):
+    """Does not fail."""
+
+    name = "fine"
+
+    @classmethod
+    def resolve(cls, params, space):
+        return params
+
+
+class _Spaceless(Dataset[Params]):
+    """Does not know what an example is."""
+
+    name = "spaceless"
+
+    @property
+    def space(self):
+        raise RuntimeError("no space")
+
+    def load(self, sources):
+        """Never called."""
+
+
+class _Plane(_Spaceless):
+    """Knows it."""
+
+    name = "plane"
+    space = Space("vector", (2,))
+
+
+class _Zero(Metric[Params]):
+    """Zero."""
+
+    name = "zero"
+    higher_is_better = True
+
+    def compute(self, evaluation):
+        """Compute nothing."""
+        return Score(0.0)
+
+
+def test_a_plugin_that_fails_while_planning_stops_nobody(entry_point):
+    module = ModuleType("failing")
+    module.imlbench_models = hookimpl(lambda: [_Unresolvable, _Fine], specname="imlbench_models")
+    module.imlbench_datasets = hookimpl(lambda: [_Spaceless, _Plane], specname="imlbench_datasets")
+    module.imlbench_metrics = hookimpl(lambda: [_Zero], specname="imlbench_metrics")
+    registry = Registry([entry_point("failing", module)])
+    plan = make_plan(
+        make_benchmark(None, None, models=["*"], datasets=["*"], metrics=["*"]), registry
+    )
+    assert [(job.model, job.dataset) for job in plan.jobs] == [("fine", "plane")]
+    assert {(skip.model, skip.dataset, skip.is_failure) for skip in plan.skips} == {
+        ("unresolvable", "plane", True),
+        ("unresolvable", "spaceless", True),
+        ("fine", "spaceless", True),
+    }
+    assert any("RuntimeError: no idea" in skip.reason for skip in plan.skips)
+
+
+def test_a_comma_in_quotation_marks_separates_nothing(registry):
+    given = {"models": ["vae"], "datasets": ["violin"], "settings": ['violin.path="a,b.wav",c.wav']}
+    jobs = plan_of(registry, None, None, **given).jobs
+    assert [job.dataset_params["path"] for job in jobs] == ["a,b.wav", "c.wav"]
+
+
+def test_named_benchmarks_are_found_outside_the_clone(registry, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = find_file(None)
+    assert found is not None
+    assert make_benchmark("demo", found).datasets == ("digits",)
+
+
+@pytest.mark.parametrize("name", ["vae", "mnist", "kde_tuned", "spoken-digits", "iml-hmm"])
+def test_what_plugins_prints_is_for_people(registry, name):
+    text = describe_one(registry, name)
+    assert "Undefined" not in text
+    assert "Annotated" not in text
+    assert "FieldInfo" not in text

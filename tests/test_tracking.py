@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -123,6 +124,14 @@ def test_a_run_holds_parameters_metrics_data_and_standard_fields(store):
     names = {path.name for path in files_of(run)}
     assert {"record.json", "curves.json", "kde.safetensors", "plane.png"} <= names
     assert "checkpoint.safetensors" not in names
+
+
+def test_the_experiment_offers_a_list_of_runs_with_their_metrics(store):
+    export(store)
+    experiment = client_of(store).get_experiment_by_name("imlbench")
+    view = json.loads(experiment.tags["mlflow.sharedViewState.imlbench"])
+    assert view["selectedColumns"][1:3] == ["metrics.`modes_covered`", "metrics.`kde`"]
+    assert "viewStateShareKey=imlbench)" in experiment.tags["mlflow.note.content"]
 
 
 def test_checkpoints_and_samples_are_logged_on_request(store):

@@ -141,7 +141,7 @@ def slug(label: str) -> str:
 
     Example:
         >>> slug("kde"), slug("kde[h=0.1]")
-        ('kde', 'kde-h-0.1-96ba3c54')
+        ('kde', 'kde-h-0.1-f3c3b350')
     """
     plain = re.sub(r"[^A-Za-z0-9._]+", "-", label).strip("-.")[:60]
     return plain if plain == label else f"{plain}-{digest(label)[:8]}"

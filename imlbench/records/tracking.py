@@ -37,6 +37,8 @@ JOB, CONTENT, FIT, STORE = (f"imlbench.{name}" for name in ("job", "content", "f
 _PAGE = 1000
 _MOST_METRICS = 1000  # that one request may hold
 _LONGEST = 500  # characters of a parameter that every store takes
+_MOST_COLUMNS = 8  # metrics in the list of runs
+_VIEW = "imlbench"
 
 
 def _configure() -> None:
@@ -117,6 +119,8 @@ class Tracker:
                 known = self._known(client, experiment, [record.id for _, record in records])
                 for folder, record in records:
                     self._upsert(client, experiment, folder, record, known[record.id])
+                if len(records) > 1:
+                    self._offer_view(client, experiment, [record for _, record in records])
         except Exception as error:  # MLflow raises many kinds; none may cost a result
             self.problem = (
                 f"MLflow at {self.uri} cannot be written to ({_first_line(error)}); "
@@ -184,11 +188,23 @@ class Tracker:
                 client.restore_experiment(experiment.experiment_id)
             return str(experiment.experiment_id)
         location = self._artifacts.as_uri() if self.database is not None else None
-        tags = {
-            "mlflow.note.content": "Generative models on data: which fits best, and by how much.",
-            "mlflow.experimentKind": "custom_model_development",
-        }
+        tags = {"mlflow.experimentKind": "custom_model_development"}
         return str(client.create_experiment(name, artifact_location=location, tags=tags))
+
+    def _offer_view(self, client: MlflowClient, experiment: str, records: Sequence[Record]) -> None:
+        """Offer a list of runs with their metrics, by a link; MLflow's own list shows none."""
+        found = {(score.position, _legal(score.label)) for r in records for score in r.scores}
+        metrics = [f"metrics.`{name}`" for _, name in sorted(found)[:_MOST_COLUMNS]]
+        columns = ["attributes.`Duration`", *metrics, "params.`seed`"]
+        link = f"#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey="
+        tags = {
+            f"mlflow.sharedViewState.{_VIEW}": json.dumps({"selectedColumns": columns}),
+            "mlflow.note.content": f"[All runs with their metrics]({link}{_VIEW})",
+        }
+        present = client.get_experiment(experiment).tags
+        for key, value in tags.items():
+            if present.get(key) != value:
+                client.set_experiment_tag(experiment, key, value)
 
     def _known(
         self, client: MlflowClient, experiment: str, jobs: Sequence[str]

@@ -12,8 +12,6 @@ from typing import ClassVar, TypeVar
 
 import torch
 from pydantic import Field
-from sklearn.cluster import MiniBatchKMeans
-from sklearn.decomposition import IncrementalPCA
 from torch import Tensor
 
 from imlbench import Examples, FitContext, Kind, Model, Params, Space, from_data
@@ -129,6 +127,8 @@ class ReferenceKMeans(_StoredExamples[ReferenceKMeansParams]):
 
     def fit(self, train: Examples, valid: Examples, context: FitContext) -> None:
         """Cluster the training set."""
+        from sklearn.cluster import MiniBatchKMeans
+
         n_centroids = min(self.params.n_examples, len(train))
         generator = context.generator("shuffle")
         kmeans = MiniBatchKMeans(
@@ -182,6 +182,8 @@ class ReferenceGMM(Model[ReferenceGMMParams]):
 
     def fit(self, train: Examples, valid: Examples, context: FitContext) -> None:
         """Find the principal components batch by batch, then fit the mixture to the scores."""
+        from sklearn.decomposition import IncrementalPCA
+
         pca = IncrementalPCA(self.params.n_dims)
         for x in train.batches(5000):
             if len(x) >= self.params.n_dims:
