@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ import mlflow
 import pytest
 import torch
 from mlflow.entities import ViewType
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.tracking._tracking_service.registry import TrackingStoreRegistry
 
 import imlbench as api
 from imlbench import Sources, UserError
@@ -240,6 +243,85 @@ def test_a_moved_folder_keeps_its_runs(store, tmp_path):
     assert sorted(run.info.run_id for run in runs) == before
     assert all(path.is_relative_to(moved.root.resolve()) for run in runs for path in files_of(run))
     assert not (tmp_path / "results").exists()
+
+
+def delete_folder(store: Store) -> Store:
+    shutil.rmtree(next(iter(store)).path)
+    return store
+
+
+def delete_run(store: Store) -> Store:
+    for run in runs_of(store)[:1]:
+        client_of(store).delete_run(run.info.run_id)
+    return store
+
+
+def delete_database(store: Store) -> Store:
+    (store.root / "mlflow.db").unlink(missing_ok=True)
+    # MLflow keeps a database open as long as the process lives, and the next run is another one.
+    SqlAlchemyStore._engine_map.clear()
+    TrackingStoreRegistry._get_store_with_resolved_uri.cache_clear()
+    return store
+
+
+def delete_logged_files(store: Store) -> Store:
+    shutil.rmtree(store.root / "mlartifacts", ignore_errors=True)
+    return store
+
+
+def copy_store(store: Store) -> Store:
+    target = store.root.with_name(f"{store.root.name}-copy")
+    shutil.copytree(store.root, target)
+    return opened(target)
+
+
+def move_store(store: Store) -> Store:
+    return opened(store.root.rename(store.root.with_name(f"{store.root.name}-moved")))
+
+
+def opened(root: Path) -> Store:
+    store = Store(root)
+    store.prepare()
+    return store
+
+
+DEEDS = (
+    delete_folder,
+    delete_run,
+    delete_database,
+    delete_logged_files,
+    copy_store,
+    move_store,
+    run_jobs_here,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "deeds",
+    list(itertools.permutations(DEEDS, 2)),
+    ids=lambda deeds: "-".join(d.__name__ for d in deeds),
+)
+def test_whatever_is_done_in_between_folder_and_mlflow_agree(store, registry, original, deeds):
+    untouched = {path: path.stat().st_mtime_ns for path in original.root.rglob("*")}
+    for deed in deeds:
+        export(store)
+        if deed is run_jobs_here:
+            store = run_jobs_here(registry, store.root, seeds="0,1")
+        else:
+            store = deed(store)
+    export(store)
+    collect_garbage(store, Tracker(store))
+    expected = {record.id: record.score("kde", "5x50").value for record in store.records()}
+    runs = runs_of(store)
+    assert len(expected) >= 1
+    assert {run.data.tags["imlbench.job"]: run.data.metrics["kde"] for run in runs} == expected
+    assert len(runs) == len(expected)
+    for run in runs:
+        files = files_of(run)
+        assert files
+        assert all(path.is_relative_to(store.root.resolve()) for path in files)
+    assert {path: path.stat().st_mtime_ns for path in original.root.rglob("*")} == untouched
 
 
 def test_exporting_leaves_the_current_folder_alone(store, tmp_path, monkeypatch):

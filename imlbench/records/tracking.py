@@ -231,7 +231,10 @@ class Tracker:
         content = digest(record.model_dump(mode="json"), self.with_tensors)
         same = [logged for logged in known if logged.content == content]
         ours = [logged for logged in known if self._is_ours(logged)]
-        if any(not logged.is_deleted for logged in same):
+        present = next((logged for logged in same if not logged.is_deleted), None)
+        if present is not None:
+            if not self._has_files(present.run_id, folder):
+                self._log_files(client, present.run_id, folder)
             return
         fit = digest(record.fit.model_dump(mode="json") if record.fit else None)
         kept = next((logged for logged in (*same, *ours) if logged.fit == fit), None)
@@ -281,6 +284,13 @@ class Tracker:
         state = "FINISHED" if record.status is Status.DONE else "FAILED"
         client.set_terminated(run_id, status=state, end_time=ended)
         client.set_tag(run_id, CONTENT, content)  # last: until then, the run is not up to date
+
+    def _has_files(self, run_id: str, folder: JobFolder) -> bool:
+        """Whether the files that belong to a run are there; a server's are."""
+        if self.database is None:
+            return True
+        logged = self._artifacts / run_id / "artifacts" / "record.json"
+        return logged.exists() and logged.samefile(folder.path / "record.json")
 
     def _log_files(self, client: MlflowClient, run_id: str, folder: JobFolder) -> None:
         """Log what is worth seeing; in the results folder itself nothing is stored twice."""
