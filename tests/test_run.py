@@ -248,7 +248,8 @@ class Slow(Base):
     name = "slow"
     def fit(self, train, valid, context):
         context.report("training", 1, 9, loss=1.0)
-        open("asleep", "w").close()
+        with open("pid", "w") as file: file.write(str(os.getpid()))
+        os.rename("pid", "asleep")
         time.sleep(float(os.environ.get("SLOW_SECONDS", "0")))
 
 class Fine(Base):
@@ -352,13 +353,40 @@ def test_a_metric_that_fails_costs_neither_the_training_nor_the_other_metrics(ou
     assert "fragile" in out
 
 
-def test_an_interrupted_run_goes_on_with_what_is_missing(outside):
-    run = ("run", "--models", "fine,slow", "--datasets", "digits", "--metrics", "kde")
-    process = outside(*run, SLOW_SECONDS="600")
-    while not (outside.folder / "asleep").exists():
+def wait_until_asleep(process: subprocess.Popen[str], folder: Path) -> int:
+    """Wait until the job of the model ``slow`` sleeps; return its process."""
+    while not (folder / "asleep").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    return int((folder / "asleep").read_text())
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process runs; one that nobody has asked for its exit status does not."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_a_job_ends_with_the_run_that_started_it(outside):
+    run = ("run", "--models", "slow", "--datasets", "digits", "--metrics", "kde")
+    process = outside(*run, SLOW_SECONDS="3600")
+    job = wait_until_asleep(process, outside.folder)
+    process.kill()
+    process.communicate()
+    while is_alive(job):
+        time.sleep(0.05)
+    assert statuses(outside.folder) == {}  # nobody was left to say how it ended
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_run_goes_on_with_what_is_missing(outside, how):
+    run = ("run", "--models", "fine,slow", "--datasets", "digits", "--metrics", "kde")
+    process = outside(*run, SLOW_SECONDS="3600")
+    wait_until_asleep(process, outside.folder)
+    process.send_signal(how)
     code, _, err = finish(process)
     assert code == 130
     assert "1 of 2 jobs are done; run again to go on" in err

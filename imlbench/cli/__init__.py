@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
@@ -146,6 +147,8 @@ def run(
         return
     from imlbench.session import execute
 
+    for unasked in (signal.SIGTERM, signal.SIGHUP):  # as on Ctrl-C, jobs are stopped and recorded
+        signal.signal(unasked, signal.default_int_handler)
     _print_skips(plan.skips)
     finished = execute(
         plan,

@@ -294,7 +294,14 @@ def _spawn(assignment: Assignment, lock: FileLock) -> _Running:
         with folder.log.open("wb") as log:
             process = subprocess.Popen(
                 # -P: the folder that this was started in is no place to import from.
-                [sys.executable, "-P", "-m", "imlbench.runner.worker", str(sender)],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "imlbench.runner.worker",
+                    str(sender),
+                    str(os.getpid()),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

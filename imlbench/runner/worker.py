@@ -1,13 +1,16 @@
-"""One job in a process of its own: ``python -m imlbench.runner.worker FD``.
+"""One job in a process of its own: ``python -m imlbench.runner.worker FD PARENT``.
 
 The assignment comes as JSON by the standard input; events go as lines of JSON to the file
-descriptor FD; everything that is printed goes to the job's log.
+descriptor FD; everything that is printed goes to the job's log. PARENT is the process that started
+this one.
 """
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
+import signal
 import sys
 import time
 import traceback
@@ -23,6 +26,8 @@ from imlbench.plan.jobs import Job, Task
 from imlbench.records.folder import JobFolder, Store
 from imlbench.records.record import Record, Status
 from imlbench.runner.context import Event
+
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 
 def main() -> None:
     """Run the job, and record how it ended."""
+    _die_with_parent(int(sys.argv[2]))
     assignment = ASSIGNMENT.validate_json(sys.stdin.buffer.read())
     events = int(sys.argv[1])
     os.set_inheritable(events, False)  # what a plugin starts must not hold the pipe open
@@ -71,6 +77,17 @@ def main() -> None:
     except BrokenPipeError:
         os._exit(1)  # the parent is gone, and nobody waits for this result
     end(assignment.folder, status, reason)
+
+
+def _die_with_parent(parent: int) -> None:
+    """Ask the kernel to end this process when its parent ends, for whatever reason.
+
+    Where it cannot be asked, the next event that finds no reader ends the process.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was too late
+            os._exit(1)
 
 
 def end(folder: JobFolder, status: Status, reason: str = "") -> Record | None:
