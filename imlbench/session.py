@@ -139,6 +139,12 @@ class Results:
         )
         return Leaderboard(tables)
 
+    def load(self, record: Record, *, device: torch.device | str = "cpu") -> AnyModel:
+        """Return the fitted model of one of these jobs; see :func:`imlbench.load`."""
+        if self._store is None:
+            raise UserError(f"job {record.id}: its model is not on the server; load its folder.")
+        return load(record, self._store.root, device=device)
+
     def per_example(self, record: Record, label: str, draw: str = "") -> dict[str, torch.Tensor]:
         """Return a metric's values for every test example: ``per_example``, and perhaps ``groups``.
 
@@ -246,7 +252,8 @@ def load(
         raise UserError(f"--results: {store.root}: {unknown('job', name, known)}")
     if record.fit is None or not store.folder(name).checkpoint.exists():
         raise UserError(
-            f"job {name}: must have been fitted; it is {record.status}. Run it again first."
+            f"job {name}: must have a fitted model; it is {record.status} and has no checkpoint. "
+            "Run it again first."
         )
     registry = Registry()
     for what, wanted, known_names in (
@@ -255,7 +262,13 @@ def load(
     ):
         if wanted not in known_names:
             raise UserError(f"job {name}: {unknown(what, wanted, known_names)}")
-    return open_model(record, store.folder(name), registry, torch.device(device))
+    try:
+        return open_model(record, store.folder(name), registry, torch.device(device))
+    except Exception as error:  # a plugin, or a file, can be wrong in any way
+        raise UserError(
+            f"job {name}: its checkpoint must fit today's code; got {type(error).__name__}: "
+            f"{error}. Run it again, or install the version that it was made by."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -401,6 +414,9 @@ def execute(
     from imlbench.runner.local import find_devices, run_jobs
     from imlbench.runner.progress import make_display
 
+    if not plan.jobs:
+        reasons = "; ".join(map(str, plan.skips))
+        raise UserError(f"run: there must be at least one job; all pairs are skipped: {reasons}.")
     store = Store(Path(path))
     store.prepare()
     devices = find_devices(device)

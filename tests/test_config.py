@@ -150,7 +150,9 @@ def test_an_unreadable_file_is_one_message(registry, tmp_path, content, message)
         ({"settings": ["latent_dim=3,"]}, ["must be parameter=value"]),
         ({"seeds": "a"}, ["--seeds: must be like 0..2 or 0,1,2; got 'a'"]),
         ({"seeds": "-3"}, ["--seeds: must be greater than or equal to 0"]),
-        ({"seeds": "2..1"}, ["--seeds: "]),
+        ({"seeds": "2..1"}, ["--seeds: must be like 0..2, the smaller number first"]),
+        ({"seeds": "0..99999999"}, ["--seeds: must be at most 10000 seeds"]),
+        ({"n_samples": 1}, ["--n-samples: must be greater than or equal to 2; got 1"]),
     ],
 )
 def test_mistakes_on_the_command_line(registry, given, messages):
@@ -189,6 +191,16 @@ class _Unresolvable(Model[Params]):
     def sample(self, n, generator):
         """Return zeros."""
         return torch.zeros(n, *self.space.event_shape)
+
+
+class _Forgetful(_Unresolvable):
+    """Returns nothing."""
+
+    name = "forgetful"
+
+    @classmethod
+    def resolve(cls, params, space):
+        """Forget to return."""
 
 
 class _Fine(_Unresolvable):
@@ -234,7 +246,9 @@ class _Zero(Metric[Params]):
 
 def test_a_plugin_that_fails_while_planning_stops_nobody(entry_point):
     module = ModuleType("failing")
-    module.imlbench_models = hookimpl(lambda: [_Unresolvable, _Fine], specname="imlbench_models")
+    module.imlbench_models = hookimpl(
+        lambda: [_Unresolvable, _Forgetful, _Fine], specname="imlbench_models"
+    )
     module.imlbench_datasets = hookimpl(lambda: [_Spaceless, _Plane], specname="imlbench_datasets")
     module.imlbench_metrics = hookimpl(lambda: [_Zero], specname="imlbench_metrics")
     registry = Registry([entry_point("failing", module)])
@@ -245,6 +259,8 @@ def test_a_plugin_that_fails_while_planning_stops_nobody(entry_point):
     assert {(skip.model, skip.dataset, skip.is_failure) for skip in plan.skips} == {
         ("unresolvable", "plane", True),
         ("unresolvable", "spaceless", True),
+        ("forgetful", "plane", True),
+        ("forgetful", "spaceless", True),
         ("fine", "spaceless", True),
     }
     assert any("RuntimeError: no idea" in skip.reason for skip in plan.skips)

@@ -45,6 +45,15 @@ def test_shuffled_batches_are_a_permutation_set_by_the_seed():
     assert not torch.equal(draw(0), draw(1))
 
 
+def test_the_digest_depends_on_labels_and_groups():
+    x = torch.zeros(3, 2)
+    digits = [{"digit": torch.tensor(values)} for values in ([0, 1, 2], [0, 1, 3])]
+    groups = [torch.tensor(values) for values in ([0, 0, 1], [0, 1, 1])]
+    found = [Examples(x), *(Examples(x, labels=d) for d in digits)]
+    found += [Examples(x, groups=g) for g in groups]
+    assert len({examples.digest() for examples in found}) == 5
+
+
 def test_the_digest_depends_on_the_decoded_content():
     stored = torch.zeros(4, 2, dtype=torch.uint8)
     digests = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from imlbench import Sources
 from imlbench.plan import identity
 from imlbench.plan.config import make_benchmark
 from imlbench.plan.identity import closure, code_of
-from imlbench.plan.jobs import identify_data, make_plan
+from imlbench.plan.jobs import have_changed, identify_data, make_plan
 
 ROOT = Path(__file__).parent.parent
 MODELS = ("iml-gmm", "vae", "gan", "wgan", "reference-gmm")
@@ -42,14 +44,7 @@ class Tree:
 
     def keys(self, *settings: str, **given: int) -> dict[str, str]:
         """Return the keys of all fits, samples and scores, and of the shared auto-encoder."""
-        for function in (
-            identity.code_of,
-            identity.closure,
-            identity._tree,
-            identity._syntax,
-            identity._source_roots,
-        ):
-            function.cache_clear()
+        identity.forget()
         benchmark = make_benchmark(
             None,
             None,
@@ -75,10 +70,9 @@ def tree(registry, tmp_path, monkeypatch):
         )
     places = {path.name: path for path in (tmp_path / "plugins").iterdir()}
     places["imlbench"] = tmp_path / "imlbench"
-    monkeypatch.setattr(identity, "_place", places.get)
+    monkeypatch.setattr(identity, "_place", functools.cache(places.get))
     yield Tree(tmp_path, registry)
-    for function in (identity.code_of, identity.closure, identity._source_roots):
-        function.cache_clear()  # of what was said of the copy
+    identity.forget()  # what was said of the copy
 
 
 def of(*models: str) -> set[str]:
@@ -229,3 +223,48 @@ def test_the_closure_follows_names_to_where_they_are_defined(tmp_path, monkeypat
         "package/helper.py",
         "package/far/away.py",
     }
+
+
+def test_where_something_is_missing_counts():
+    """None in a list of the syntax tree is a place, such as a parameter without a default."""
+
+    def spelt(text: str) -> list[str]:
+        return list(identity._tokens(ast.parse(text)))
+
+    assert spelt("def f(*, a, b=1): ...") != spelt("def f(*, a=1, b): ...")
+    assert spelt("{**a, 'b': c}") != spelt("{'b': a, **c}")
+
+
+def test_packages_without_init_and_names_that_lead_in_circles(tmp_path, monkeypatch):
+    sources = {
+        "spaces/inside/model.py": "import spaces.inside.helper",
+        "spaces/inside/helper.py": "",
+        "circle/__init__.py": "from . import layers",
+        "circle/layers/one.py": "",
+        "circle/model.py": "from circle import layers\nif not TYPE_CHECKING: import circle.late",
+        "circle/late.py": "",
+    }
+    for name, text in sources.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    identity.forget()
+
+    def names(module: str) -> set[str]:
+        return {str(path.relative_to(tmp_path)) for path in closure(module)}
+
+    assert names("spaces.inside.model") == {"spaces/inside/model.py", "spaces/inside/helper.py"}
+    assert {"circle/model.py", "circle/late.py"} <= names("circle.model")
+
+
+def test_an_edit_counts_in_the_same_process_once_there_is_a_new_plan(tree):
+    before = tree.keys()
+    tree.add("plugins/imlbench_vae/vae.py", "SOMETHING = 1")
+    benchmark = make_benchmark(None, None, models=["vae"], datasets=["digits"], metrics=["kde"])
+    make_plan(benchmark, tree.registry)
+    assert tree.keys()["vae fit"] != before["vae fit"]
+    (job,) = identify_data(make_plan(benchmark, tree.registry), tree.registry, Sources()).jobs
+    assert not have_changed(job, (), (), tree.registry)
+    tree.add("plugins/imlbench_vae/vae.py", "SOMETHING = 2")
+    identity.forget()  # as in the process of a job
+    assert have_changed(job, (), (), tree.registry)

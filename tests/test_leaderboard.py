@@ -89,6 +89,7 @@ def run(model: str, seed: int, kde: float, error: float, latent_dim: int = 20, *
         "status": Status.DONE,
         "started": 1000.0,
         "ended": 1010.0,
+        "confirmed": 1010.0,
         "fit": fit,
         "draws": {"5x1000": "drawn"},
         "scores": (kde_paper, scored("error", error, position=20)),
@@ -210,7 +211,7 @@ def test_a_job_with_scores_is_ranked_although_one_metric_failed(runs):
 
 
 def test_older_code_is_not_averaged_with_newer(runs):
-    older = run("vae", 0, 50.0, 30.0, code="bbb", started=900.0, id="older")
+    older = run("vae", 0, 50.0, 30.0, code="bbb", confirmed=900.0, id="older")
     (table,) = tables_of([older, *runs])
     assert [(row.model, row.n) for row in table.rows] == [("iml-gmm", 3), ("vae", 3)]
     assert table.rows[1].cells["kde_paper"].mean == pytest.approx(102.0)

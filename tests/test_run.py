@@ -9,19 +9,22 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from imlbench import Diverged, Model, Params, Sources, Space
+from imlbench import Diverged, Metric, Model, Params, Score, Sources, Space
 from imlbench.plan.config import make_benchmark
 from imlbench.plan.jobs import Plan, identify_data, make_plan
 from imlbench.plan.registry import Registry
 from imlbench.records.folder import JobFolder, Store, read_tensors
+from imlbench.records.record import Status
 from imlbench.runner.context import JobContext
 from imlbench.runner.job import run_job
+from imlbench.runner.worker import end
 
 QUICK = ("--epochs", "1", "--set", "hidden_dim=32", "--set", "latent_dim=4")
 RUN = ("run", "--models", "iml-gmm,vae", "--datasets", "digits", *QUICK)
@@ -32,7 +35,9 @@ METRICS = ("kde", "reconstruction_error")
 def quick_plan(
     registry: Registry, model: str, extra: list[str] | None = None, metrics=METRICS, **given
 ) -> Plan:
-    settings = ["epochs=1", "latent_dim=4", "hidden_dim=32", *(extra or [])]
+    usual = ["epochs=1", "latent_dim=4", "hidden_dim=32"]
+    fields = registry.models[model].params_type.model_fields
+    settings = [text for text in usual if text.partition("=")[0] in fields] + (extra or [])
     benchmark = make_benchmark(
         None,
         None,
@@ -195,6 +200,53 @@ def test_force_fits_shared_stages_again_and_a_damaged_one_is_fitted_again(regist
     folder.clear()
     again = run_here(registry, plan, tmp_path, refit_before=time.time() + 1)
     assert again.read().fit.seconds_reused <= 0
+
+
+class _Twice(Metric[Params]):
+    """A constant that it keeps under the same name as another metric does."""
+
+    name = "twice"
+    higher_is_better = True
+    constant = 2.0
+
+    def compute(self, evaluation):
+        kept = evaluation.once("x", {}, lambda: {"x": torch.tensor(self.constant)})
+        return Score(kept["x"].item())
+
+
+class _Thrice(_Twice):
+    name = "thrice"
+    constant = 3.0
+
+
+def test_metrics_do_not_share_what_they_keep(registry, tmp_path):
+    registry.metrics |= {"twice": _Twice, "thrice": _Thrice}
+    folder = run_here(registry, quick_plan(registry, "vae", metrics=["twice", "thrice"]), tmp_path)
+    assert values(folder) == {"twice": 2.0, "thrice": 3.0}
+
+
+def test_a_score_that_cannot_be_computed_any_more_is_no_score(registry, tmp_path, monkeypatch):
+    registry.metrics["twice"] = _Twice
+    plan = quick_plan(registry, "vae", metrics=["kde", "twice"])
+    folder = run_here(registry, plan, tmp_path)
+    assert set(values(folder)) == {"kde", "twice"}
+    newer = tuple(replace(task, code="newer") for task in plan.metrics if task.name == "twice")
+    monkeypatch.setattr(_Twice, "constant", float("nan"))
+    with pytest.raises(RuntimeError, match="twice must be finite"):
+        run_here(registry, replace(plan, metrics=newer), tmp_path)
+    assert set(values(folder)) == {"kde"}
+
+
+def test_going_back_and_forth_between_ways_of_drawing_computes_nothing(registry, tmp_path):
+    plans = [
+        quick_plan(registry, "reference-train", metrics=["kde", "log_likelihood"], n_draws=n)
+        for n in (2, 3)
+    ]
+    for plan in plans:
+        folder = run_here(registry, plan, tmp_path)
+        end(folder, Status.DONE)
+    for plan in plans:
+        assert folder.read().is_complete(plan.jobs[0], plan.metrics, ())
 
 
 class _Broken(Model[Params]):
@@ -440,6 +492,9 @@ def test_plan_and_dry_run_print_the_jobs_and_write_nothing(imlbench):
         (("run", *SMALL[1:], "--config", "none.toml"), "none.toml: cannot be read"),
         (("leaderboard",), "there is none. Run some first"),
         (("plugins", "vea"), "Did you mean 'vae'?"),
+        (("gc",), "must be a results folder; it has no store.json"),
+        (("rm", "--models", "vae"), "must be a results folder; it has no store.json"),
+        (("run", "--models", "iml-hmm", "--datasets", "digits"), "all pairs are skipped"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_status_2(imlbench, monkeypatch, arguments, message):

@@ -211,6 +211,17 @@ def test_a_deleted_folder_leaves_the_table_and_then_mlflow(store):
     assert [run.data.tags["imlbench.job"] for run in runs_of(store)] == [stays]
 
 
+def test_garbage_is_what_imlbench_has_made(store):
+    mine = store.stages / "thesis.txt"
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    unneeded = store.stages / f"autoencoder-{'0' * 16}.safetensors"
+    unneeded.write_bytes(b"")
+    collect_garbage(store, Tracker(store))
+    assert mine.exists()
+    assert not unneeded.exists()
+
+
 def test_rm_removes_folder_and_run(store):
     gone, stays = ids(store)
     removed = remove_jobs(store, [gone], Tracker(store))
@@ -367,7 +378,7 @@ def test_a_newer_form_of_results_is_refused_in_one_sentence(tmp_path):
 def test_results_of_older_code_are_rubbish(store, registry):
     (old, _) = store.records()
     again = old.model_copy(
-        update={"id": "toy-2d-again", "code": "newer", "started": old.started + 9}
+        update={"id": "toy-2d-again", "code": "newer", "confirmed": old.confirmed + 9}
     )
     JobFolder(store.runs / again.id).write(again)
     export(store)
@@ -403,11 +414,21 @@ def server(tmp_path_factory):
     process.wait()
 
 
+def test_reading_from_a_server_leaves_mlflows_own_settings_alone(store, server):
+    before = mlflow.get_tracking_uri()
+    export(store, server)
+    api.results(tracking=server)
+    assert mlflow.get_tracking_uri() == before
+    with pytest.raises(UserError, match="cannot be read: there is no"):
+        api.results(tracking="sqlite:////nowhere/mlflow.db")
+
+
 def test_a_server_gives_the_same_table(store, server):
     export(store, server)
     export(store, server)
     found = api.results(tracking=server)
-    assert found.records == api.results(store.root).records
+    there, here = ([r.confirmed_at(0) for r in f] for f in (found, api.results(store.root)))
+    assert there == here
     assert str(found.leaderboard()) == str(api.results(store.root).leaderboard())
 
 

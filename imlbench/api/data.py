@@ -169,10 +169,11 @@ class Examples:
             yield self[start : start + batch_size]
 
     def digest(self) -> str:
-        """Return the SHA-256 of the decoded content: storage, scale, offset, lengths, labels."""
+        """Return the SHA-256 of the content: storage, scale, offset, lengths, labels, groups."""
         header = f"{tuple(self.stored.shape)} {self.stored.dtype} {self.scale} {self.offset}"
         content = hashlib.sha256(f"{header} {self.lengths} {sorted(self.labels)}".encode())
-        for values in (self.stored, *(self.labels[name] for name in sorted(self.labels))):
+        named = [self.labels[name] for name in sorted(self.labels)]
+        for values in (self.stored, *named, *([] if self.groups is None else [self.groups])):
             for part in values.split(4096):
                 content.update(part.contiguous().numpy().data)
         return content.hexdigest()

@@ -136,10 +136,11 @@ def run(
     dry_run: bool,
     **selection: Unpack[Selection],
 ) -> None:
-    """Run every chosen model on every chosen dataset, and print the leaderboard.
+    """Run models on datasets, and print the leaderboard.
 
-    Finished jobs are reused; an interrupted run goes on where it stopped. BENCHMARK is a name from
-    benchmarks.toml; options add to it and win over it.
+    Every chosen model is run on every chosen dataset. Finished jobs are reused; an interrupted run
+    goes on where it stopped. BENCHMARK is a name from benchmarks.toml; options add to it and win
+    over it.
     """
     plan, registry = _make_plan(**selection)
     if dry_run:
@@ -167,8 +168,16 @@ def run(
     if finished.was_interrupted:
         _warn([f"interrupted: {n_done} of {n_jobs} jobs are done; run again to go on."])
         sys.exit(130)
-    if any(record.scores for record in finished.results):
-        click.echo(finished.results.leaderboard().render(width=_width()))
+    computed = {score.label for record in finished.results for score in record.scores}
+    asked = [task.label for task in plan.metrics if task.label in computed]
+    if asked:
+        click.echo(finished.results.leaderboard(metrics=asked).render(width=_width()))
+    _warn(
+        f"job {record.id}: artifact {shown.label} failed: {shown.error}"
+        for record in finished.results
+        for shown in record.artifacts
+        if shown.error
+    )
     if n_done < n_jobs:
         _warn([f"{n_jobs - n_done} of {n_jobs} jobs have no result; see the lines above."])
     if n_done < n_jobs or any(skip.is_failure for skip in plan.skips):
@@ -178,7 +187,7 @@ def run(
 @main.command()
 @_plan_options
 def plan(**selection: Unpack[Selection]) -> None:
-    """Print the jobs that `run` would run, without running them."""
+    """Print what `run` would run."""
     _print_plan(_make_plan(**selection)[0])
 
 
@@ -207,7 +216,7 @@ def leaderboard(
     sort: str | None,
     format_: Format,
 ) -> None:
-    """Print a table per dataset of everything that was run."""
+    """Print a table per dataset of all results."""
     gc.disable()  # it would look at thousands of records over and over, and the process ends soon
     from imlbench.session import results as read_results
 
@@ -231,7 +240,10 @@ def rm(
     status: tuple[str, ...],
     yes: bool,
 ) -> None:
-    """Remove JOBS, with their MLflow runs: names of folders in results/runs, or globs."""
+    """Remove jobs and their MLflow runs.
+
+    JOBS are names of folders in results/runs, or globs.
+    """
     from imlbench.records.removal import remove_jobs
 
     store, tracker = _open(results)
@@ -250,7 +262,10 @@ def rm(
 @main.command("gc")
 @_results
 def collect(results: Path) -> None:
-    """Remove what no job needs: shared stages, results of older code, MLflow runs without a job."""
+    """Remove what no job needs any more.
+
+    These are shared stages, results of older code, and MLflow runs without a job.
+    """
     from imlbench.records.removal import collect_garbage
 
     removed = collect_garbage(*_open(results))
@@ -263,7 +278,7 @@ def collect(results: Path) -> None:
 @main.command()
 @click.argument("name", required=False)
 def plugins(name: str | None) -> None:
-    """List models, datasets, metrics and artifacts, or tell all about NAME."""
+    """List all plugins, or tell all about NAME."""
     registry = _load_registry(quiet=True)
     from imlbench.plan.describe import describe_all, describe_one
 
@@ -310,10 +325,8 @@ def _open(results: Path) -> tuple[Store, Tracker]:
     from imlbench.records.folder import Store
     from imlbench.records.tracking import Tracker
 
-    if not results.is_dir():
-        raise UserError(f"--results: {results} must be a folder with results; there is none.")
     store = Store(results)
-    store.prepare()
+    store.claim()
     return store, Tracker(store)
 
 

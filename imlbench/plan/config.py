@@ -35,6 +35,8 @@ def parse_seeds(text: object) -> object:
             found = range(int(first), int(last if dots else first) + 1)
         except ValueError:
             raise ValueError("must be like 0..2 or 0,1,2") from None
+        if not found:
+            raise ValueError("must be like 0..2, the smaller number first")
         if len(seeds) + len(found) > MOST_SEEDS:
             raise ValueError(f"must be at most {MOST_SEEDS} seeds")
         seeds += found
@@ -255,7 +257,9 @@ def _given(arguments: Mapping[str, object], errors: list[str]) -> _Table:
         return _Table.model_validate(present)
     except ValidationError as error:
         problems = {str(problem["loc"][0]): problem for problem in reversed(error.errors())}
-        errors += [f"--{key}: {constraint(problem)}" for key, problem in problems.items()]
+        errors += [
+            f"--{key.replace('_', '-')}: {constraint(problem)}" for key, problem in problems.items()
+        ]
         return _Table()
 
 
@@ -278,7 +282,7 @@ def _table_settings(table: _Table, before: str, after: str, errors: list[str]) -
                 origin = f"{where} {f'{target}.' if target else ''}{name}"
                 if key == "set":
                     found.append(Setting(target, name, (value,), origin))
-                elif isinstance(value, list | tuple) and value:
+                elif isinstance(value, Sequence) and not isinstance(value, str) and value:
                     found.append(Setting(target, name, tuple(value), origin))
                 else:
                     errors.append(f"{origin}: must be a list of values to try; got {value!r}.")

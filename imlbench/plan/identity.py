@@ -13,8 +13,9 @@ import functools
 import hashlib
 import importlib.util
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.metadata import distribution, packages_distributions
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,13 +50,24 @@ def closure(module: str) -> frozenset[Path]:
     """
     roots = _source_roots(module.partition(".")[0])
     found: set[Path] = set()
-    waiting = [_find(module, roots)]
+    waiting = [_find(module, roots) or _file_of(module)]
     while waiting:
         file = waiting.pop()
         if file is not None and file not in found:
             found.add(file)
             waiting += [_resolve(wanted, roots) for wanted in _imports(file, roots)]
     return frozenset(found)
+
+
+def forget() -> None:
+    """Look at the files anew: they may have changed since the last plan of this process."""
+    for function in (code_of, closure, _tree, _syntax, _source_roots, _place):
+        function.cache_clear()
+
+
+def is_within(module: str, home: str) -> bool:
+    """Whether a module is of imlbench or of the distribution that the module ``home`` is of."""
+    return module.partition(".")[0] in _source_roots(home.partition(".")[0])
 
 
 class Import(NamedTuple):
@@ -65,6 +77,8 @@ class Import(NamedTuple):
     name: str = ""
 
 
+_TYPES_ONLY = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
 Roots = dict[str, Path]
 """Top-level modules that count, with the file or the folder of each."""
 
@@ -72,7 +86,7 @@ Roots = dict[str, Path]
 @functools.cache
 def _source_roots(top: str) -> Roots:
     """Return the top-level modules of the distribution that ``top`` is of, and of imlbench."""
-    roots = _neighbours(top) | _neighbours("imlbench")
+    roots = _neighbours(top) | _neighbours("imlbench") | _entry_points("imlbench")
     return {name: place for name in roots if (place := _place(name)) is not None}
 
 
@@ -88,6 +102,15 @@ def _neighbours(top: str) -> set[str]:
     return {top, *(file.parts[0].removesuffix(".py") for file in files if file.suffix == ".py")}
 
 
+def _entry_points(name: str) -> set[str]:
+    """Return the top-level modules of a distribution's plugins: in a tree of sources, no others."""
+    try:
+        found = distribution(name).entry_points.select(group="imlbench")
+    except PackageNotFoundError:
+        return set()
+    return {entry.value.partition(":")[0].partition(".")[0] for entry in found}
+
+
 def _is_module(path: Path) -> bool:
     return path.suffix == ".py" or (path / "__init__.py").is_file()
 
@@ -99,10 +122,20 @@ def _place(top: str) -> Path | None:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return None
-    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+    if spec is None:
+        return None
+    if spec.origin is None and spec.submodule_search_locations:  # a package without __init__.py
+        return Path(next(iter(spec.submodule_search_locations)))
+    if spec.origin is None or not spec.origin.endswith(".py"):
         return None
     origin = Path(spec.origin)
     return origin.parent if origin.name == "__init__.py" else origin
+
+
+def _file_of(module: str) -> Path | None:
+    """Return the source file of a module that was loaded from an unusual place."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return Path(file) if file and file.endswith(".py") else None
 
 
 def _find(module: str, roots: Roots) -> Path | None:
@@ -120,14 +153,15 @@ def _find(module: str, roots: Roots) -> Path | None:
     return None
 
 
-def _resolve(wanted: Import, roots: Roots) -> Path | None:
+def _resolve(wanted: Import, roots: Roots, passed: frozenset[Import] = frozenset()) -> Path | None:
     """Return the file that defines what is imported, through packages that only pass it on."""
     inner = _find(f"{wanted.module}.{wanted.name}", roots) if wanted.name else None
     file = inner or _find(wanted.module, roots)
-    if inner is None and file is not None and file.name == "__init__.py":
+    if inner is None and file is not None and file.name == "__init__.py" and wanted not in passed:
         for passed_on, names in _from_imports(ast.walk(_tree(file)), _package_of(file, roots)):
             if wanted.name in names:
-                return _resolve(Import(passed_on, names[wanted.name]), roots) or file
+                further = Import(passed_on, names[wanted.name])
+                return _resolve(further, roots, passed | {wanted}) or file
     return file
 
 
@@ -165,7 +199,7 @@ def _runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
         node = waiting.pop()
         yield node
         skipped: Sequence[ast.AST] = ()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in _TYPES_ONLY:
             skipped = node.body
         waiting += [child for child in ast.iter_child_nodes(node) if child not in skipped]
 
@@ -202,7 +236,7 @@ def _tokens(node: ast.AST) -> Iterable[str]:
                 if not _is_docstring(part):
                     yield name
                     yield from _tokens(part)
-            elif part is not None:
+            elif part is not None or isinstance(value, list):
                 yield f"{name}={part!r};"
     yield ")"
 

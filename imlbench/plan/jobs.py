@@ -26,7 +26,7 @@ from imlbench.api import (
 from imlbench.api.params import Params
 from imlbench.errors import DataError, ParameterError, UserError, unknown
 from imlbench.plan.config import Benchmark, Setting, constraint
-from imlbench.plan.identity import code_of, digest
+from imlbench.plan.identity import code_of, digest, forget
 from imlbench.plan.registry import PluginClass, Registry, family_of
 from imlbench.plan.settings import Settings, assignments
 
@@ -139,7 +139,13 @@ class Task:
 
     def key(self, job: Job) -> str:
         """Return what identifies the result for a job."""
-        basis = job.draw_key if self.needs_samples else job.fit_key
+        return self._key(job, job.draw_key if self.needs_samples else job.fit_key)
+
+    def reason_key(self, job: Job) -> str:
+        """Return what identifies the answer to whether it applies, which samples do not change."""
+        return self._key(job, job.fit_key)
+
+    def _key(self, job: Job, basis: str) -> str:
         return digest("score", basis, self.name, self.params, self.code, job.codes.score)
 
 
@@ -180,6 +186,7 @@ def make_plan(benchmark: Benchmark, registry: Registry) -> Plan:
     Raises:
         UserError: Unknown names, unknown parameters, values out of range: all of them at once.
     """
+    forget()
     models, datasets, metrics = _select_all(benchmark, registry)
     artifacts = list(registry.artifacts.values())
     errors = _unused_settings(
@@ -221,6 +228,10 @@ class _Planner:
                     name = str(problem["loc"][0]) if problem["loc"] else ""
                     origin = mine[name].origin if name in mine else cls.name
                     self._errors.append(f"{origin}: {cls.name}.{name} {constraint(problem)}")
+            except Exception as error:  # a plugin's own check can raise anything
+                where = ", ".join(setting.origin for setting in mine.values()) or cls.name
+                reason = f"{type(error).__name__}: {error}"
+                self._errors.append(f"{where}: {cls.name} cannot take its parameters ({reason}).")
 
     def _settings_of(self, cls: PluginClass) -> dict[str, Setting]:
         return {
@@ -238,6 +249,8 @@ class _Planner:
         """Add the jobs of all models on one variant of a dataset."""
         try:
             space = dataset_cls(dataset_params).space
+            if not isinstance(space, Space):
+                raise TypeError(f"it must be a Space; got {space!r}")
         except Exception as error:  # a plugin can raise anything, and may stop nobody else
             reason = f"its space cannot be had ({type(error).__name__}: {error})"
             self.skips += [Skip(cls.name, dataset_cls.name, reason, True) for cls in models]
@@ -261,6 +274,9 @@ class _Planner:
     ) -> None:
         try:
             resolved: Params = model_cls.resolve(params, space)
+            if not isinstance(resolved, model_cls.params_type):
+                raise TypeError(f"resolve must return parameters; got {resolved!r}")
+            resolved.settings()
         except ParameterError as error:
             set_by = self._settings_of(model_cls).get(error.parameter)
             origin = set_by.origin if set_by else f"default of {model_cls.name}"
@@ -306,6 +322,16 @@ class _Planner:
             for cls in classes
             for params in self.combinations(cls)
         ]
+
+
+def have_changed(
+    job: Job, metrics: Sequence[Task], artifacts: Sequence[Task], registry: Registry
+) -> bool:
+    """Whether the code is not the one that a plan was made for, in a process that runs a job."""
+    modules = [(task.code, registry.metrics[task.name].__module__) for task in metrics]
+    modules += [(task.code, registry.artifacts[task.name].__module__) for task in artifacts]
+    codes = _codes(registry.models[job.model], registry.datasets[job.dataset])
+    return codes != job.codes or any(code_of(module) != code for code, module in modules)
 
 
 def _codes(model_cls: type[AnyModel], dataset_cls: type[AnyDataset]) -> Codes:

@@ -105,9 +105,19 @@ class JobFolder:
     def read(self) -> Record | None:
         """Return the job's record; ``None`` if there is none, or none that can be read."""
         try:
-            return Record.model_validate_json((self.path / "record.json").read_bytes())
+            with (self.path / "record.json").open("rb") as file:
+                record = Record.model_validate_json(file.read())
+                touched = os.fstat(file.fileno()).st_mtime
         except (OSError, ValidationError):
             return None
+        return record if touched <= record.confirmed else record.confirmed_at(touched)
+
+    def confirm(self) -> None:
+        """Note that the job's results are what today's code would make: its record's time says so.
+
+        Nothing is written, as another process may be at work on the job.
+        """
+        os.utime(self.path / "record.json")
 
     def write(self, record: Record) -> Record:
         """Write the job's record, and return it."""
@@ -151,7 +161,7 @@ class Store:
     """The results folder.
 
     ==================  ======================================================================
-    ``store.json``      the form of the folder, its own name, and where it was last
+    ``store.json``      the form of the folder, and a name of its own
     ``runs/``           a folder for each job
     ``stages/``         fitted stages that jobs share
     ``cache/``          what metrics computed from the data alone
@@ -211,15 +221,25 @@ class Store:
         return marker if isinstance(marker, dict) else {}
 
     def _mark(self) -> None:
-        """Give the folder a name of its own; a copy gets another than its original."""
-        marker, here = self._marker(), str(self.root.resolve())
-        name, before = marker.get("name"), marker.get("path")
-        is_copy = before != here and isinstance(before, str) and _name_of(Path(before)) == name
-        if not isinstance(name, str) or is_copy:
-            name = uuid.uuid4().hex
-        new: dict[str, JsonValue] = {"schema_version": SCHEMA, "name": name, "path": here}
-        if new != marker:
+        """Give the folder a name of its own; one that was moved keeps it, a copy gets another."""
+        marker = self._marker()
+        inode = self.root.stat().st_ino
+        if marker.get("inode") != inode or not marker.get("name"):
+            new = {"schema_version": SCHEMA, "name": uuid.uuid4().hex, "inode": inode}
             write_text(self.root / "store.json", json.dumps(new, indent=1) + "\n")
+
+    def claim(self) -> None:
+        """Make sure that this is a results folder, and that its name is its own.
+
+        Raises:
+            UserError: It is none.
+        """
+        if not self._marker():
+            raise UserError(
+                f"--results: {self.root} must be a results folder; it has no store.json. "
+                "Name another with --results."
+            )
+        self._mark()
 
     @property
     def name(self) -> str:
@@ -257,10 +277,3 @@ class Store:
         """Return the records of all jobs that ended, by name of their folders."""
         found = (folder.read() for folder in self)
         return [record for record in found if record is not None and record.status is not None]
-
-
-def _name_of(root: Path) -> JsonValue:
-    try:
-        return json.loads((root / "store.json").read_text(encoding="utf-8")).get("name")
-    except (OSError, ValueError, AttributeError):
-        return None

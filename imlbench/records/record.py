@@ -169,8 +169,9 @@ class Record(_Fact):
         shipped_by: The distributions of the model and of the dataset, with their versions.
         status: How the job ended; ``None`` if it has not.
         reason: Why, if it is not done.
-        started: When, in seconds since 1970.
-        ended: Likewise; ``None`` if it has not.
+        started: When its fit was begun, in seconds since 1970.
+        ended: When it first ended; ``None`` if it has not.
+        confirmed: When it was last found to be what today's code would make.
         fit: The fit, once there is one.
         draws: What identifies the samples, by how they were drawn, such as ``5x1000``.
         scores: What was computed.
@@ -197,6 +198,7 @@ class Record(_Fact):
     reason: str = ""
     started: float
     ended: float | None = None
+    confirmed: float
     fit: Fit | None = None
     draws: dict[str, str] = {}
     scores: tuple[Scored, ...] = ()
@@ -222,6 +224,7 @@ class Record(_Fact):
             code=job.codes.fit,
             shipped_by=job.shipped_by,
             started=started,
+            confirmed=started,
         )
 
     @property
@@ -240,6 +243,21 @@ class Record(_Fact):
         kept = [s for s in self.scores if (s.label, s.draw) != (score.label, score.draw)]
         return self.model_copy(update={"scores": (*kept, score)})
 
+    def confirmed_at(self, time: float) -> Record:
+        """Return the record with another time at which it was found to be up to date."""
+        return self.model_copy(update={"confirmed": time})
+
+    def without_scores(self, draw: str, label: str = "") -> Record:
+        """Return the record without scores and artifacts of samples that are no more.
+
+        Arguments:
+            draw: How they were drawn; empty for what depends on the fit alone.
+            label: Only this metric.
+        """
+        keep = [s for s in self.scores if s.draw != draw or (label and s.label != label)]
+        shown = [s for s in self.artifacts if label or s.draw != draw]
+        return self.model_copy(update={"scores": tuple(keep), "artifacts": tuple(shown)})
+
     def with_artifact(self, shown: Shown) -> Record:
         """Return the record with an artifact in place of an older one."""
         kept = [s for s in self.artifacts if (s.label, s.draw) != (shown.label, shown.draw)]
@@ -256,6 +274,9 @@ class Record(_Fact):
         if self.status is not Status.DONE or self.draws.get(job.draw) != job.draw_key:
             return False
         done = {score.key for score in self.scores}
-        done |= {shown.key for shown in self.artifacts}
-        done |= {reason.key for reason in self.not_applicable.values()}
-        return all(task.key(job) in done for task in (*metrics, *artifacts))
+        done |= {shown.key for shown in self.artifacts if not shown.error}
+        reasons = {reason.key for reason in self.not_applicable.values()}
+        return all(
+            task.key(job) in done or task.reason_key(job) in reasons
+            for task in (*metrics, *artifacts)
+        )

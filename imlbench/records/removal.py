@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from filelock import FileLock, Timeout
 
 from imlbench.errors import UserError
 from imlbench.records.folder import JobFolder, Store
-from imlbench.records.record import Record
-from imlbench.records.tables import entries
+from imlbench.records.tables import superseded
 from imlbench.records.tracking import Tracker
+
+_STAGE = re.compile(r".+-[0-9a-f]{16}\.(json|safetensors|lock)")
 
 
 @dataclass(frozen=True)
@@ -60,31 +62,22 @@ def collect_garbage(store: Store, tracker: Tracker) -> Removed:
     """
     removed = remove_jobs(store, superseded(store.records()), tracker)
     left = {folder.path.name: folder.read() for folder in store}
+    for name, record in left.items():
+        if record is None or record.status is None:
+            _hold(store.folder(name)).release()  # refuses while the job is running
     fits = [record.fit for record in left.values() if record and record.fit]
     needed = {name for fit in fits for name in fit.stages}
     unneeded = [
         path
         for path in sorted(store.stages.glob("*"))
-        if path.stem not in needed and not _is_held(store.stages / f"{path.stem}.lock")
+        if _STAGE.fullmatch(path.name)
+        and path.stem not in needed
+        and not _is_held(store.stages / f"{path.stem}.lock")
     ]
     stages = sum(path.suffix == ".json" for path in unneeded)
     n_bytes = sum(_delete(path) for path in unneeded)
     runs = tracker.remove_orphans(list(left))
     return Removed(removed.jobs, stages, removed.runs + runs, removed.n_bytes + n_bytes)
-
-
-def superseded(records: Iterable[Record]) -> list[str]:
-    """Return the jobs that were run again after their code had changed."""
-    newest: dict[tuple[str, ...], Record] = {}
-    older = []
-    for entry in sorted(entries(records), key=lambda entry: entry.record.started):
-        record = entry.record
-        same = (*entry.row, record.dataset, record.fingerprint, str(record.seed))
-        before = newest.get(same)
-        if before is not None and before.id != record.id:
-            older.append(before.id)
-        newest[same] = record
-    return sorted(set(older) - {record.id for record in newest.values()})
 
 
 def _hold(folder: JobFolder) -> FileLock:

@@ -99,7 +99,7 @@ def _render(table: Table, style: _Style, width: int, format: str) -> str:
         notes.append("Rows without n are published values, for the settings of their source.")
     if format != "terminal":
         notes += [f"{row.model}: {_assignments(row)}." for row in table.rows if row.params]
-    if format == "terminal" and not width and table.rows:
+    if format == "terminal" and not width and any(map(table.has_best, shown)):
         notes.insert(0, "* marks the best of a column.")
     hidden = [column.name for column in table.columns if column not in shown]
     if hidden:

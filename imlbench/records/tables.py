@@ -117,6 +117,10 @@ class Table:
             return None
         return max(means) if column.higher_is_better else min(means)
 
+    def has_best(self, column: Column) -> bool:
+        """Whether there is a best one to mark."""
+        return self.best(column) is not None
+
     def varying_params(self) -> list[str]:
         """Return the parameters that differ between rows of one model, in alphabetical order."""
         seen: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -203,6 +207,8 @@ def make_tables(
             "leaderboard: there must be at least one finished run; got none. "
             "Run some first, for example: imlbench run --models iml,vae --datasets digits"
         )
+    replaced = set(superseded(entry.record for entry in chosen))
+    chosen = [entry for entry in chosen if entry.record.id not in replaced]
     _check_metrics(chosen, [*metrics, *([sort] if sort else [])])
     by_data: dict[tuple[str, str], list[Entry]] = defaultdict(list)
     for entry in chosen:
@@ -273,9 +279,23 @@ def _make_table(
     return Table(dataset, rows, columns, _notes(group, columns))
 
 
+def superseded(records: Iterable[Record]) -> list[str]:
+    """Return the jobs that were run again after their code had changed, by id."""
+    newest: dict[tuple[str, ...], Record] = {}
+    older = set()
+    for record in sorted(records, key=lambda record: record.confirmed):
+        params = json.dumps(record.model_params, sort_keys=True)
+        same = (record.model, params, record.dataset, record.fingerprint, str(record.seed))
+        before = newest.get(same)
+        if before is not None and before.id != record.id:
+            older.add(before.id)
+        newest[same] = record
+    return sorted(older - {record.id for record in newest.values()})
+
+
 def _newest(members: Sequence[Entry]) -> list[Entry]:
-    """Leave out what older code made."""
-    newest = max(members, key=lambda entry: entry.record.started).record.code
+    """Leave out what older code made, for seeds that newer code has not run."""
+    newest = max(members, key=lambda entry: entry.record.confirmed).record.code
     return [entry for entry in members if entry.record.code == newest]
 
 

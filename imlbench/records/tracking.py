@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sqlite3
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Metric, Run
 
 EXPERIMENT = "imlbench"
-JOB, CONTENT, FIT, STORE = (f"imlbench.{name}" for name in ("job", "content", "fit", "store"))
+JOB, CONTENT, FIT, STORE, TENSORS = (
+    f"imlbench.{name}" for name in ("job", "content", "fit", "store", "tensors")
+)
 _PAGE = 1000
 _MOST_METRICS = 1000  # that one request may hold
 _LONGEST = 500  # characters of a parameter that every store takes
@@ -68,6 +71,7 @@ class _Logged:
     fit: str
     store: str
     is_deleted: bool
+    has_tensors: bool
     metrics: dict[str, float]
 
     @classmethod
@@ -81,6 +85,7 @@ class _Logged:
             tags.get(FIT, ""),
             tags.get(STORE, ""),
             is_deleted,
+            TENSORS in tags,
             run.data.metrics,
         )
 
@@ -228,13 +233,15 @@ class Tracker:
         known: Sequence[_Logged],
     ) -> None:
         """Leave exactly one run of the record: the one that is there, brought up to date."""
-        content = digest(record.model_dump(mode="json"), self.with_tensors)
+        content = digest(record.model_dump(mode="json", exclude={"confirmed"}))
         same = [logged for logged in known if logged.content == content]
         ours = [logged for logged in known if self._is_ours(logged)]
         present = next((logged for logged in same if not logged.is_deleted), None)
         if present is not None:
             if not self._has_files(present.run_id, folder):
                 self._log_files(client, present.run_id, folder)
+            elif self.with_tensors and not present.has_tensors:
+                self._log_tensors(client, present.run_id, folder)
             return
         fit = digest(record.fit.model_dump(mode="json") if record.fit else None)
         kept = next((logged for logged in (*same, *ours) if logged.fit == fit), None)
@@ -295,15 +302,25 @@ class Tracker:
     def _log_files(self, client: MlflowClient, run_id: str, folder: JobFolder) -> None:
         """Log what is worth seeing; in the results folder itself nothing is stored twice."""
         names = ["record.json", "curves.json", "log.txt", "artifacts", "scores"]
-        names += ["checkpoint.safetensors", "samples"] if self.with_tensors else []
+        self._upload(client, run_id, folder, names)
+        if self.with_tensors:
+            self._log_tensors(client, run_id, folder)
+
+    def _log_tensors(self, client: MlflowClient, run_id: str, folder: JobFolder) -> None:
+        """Log checkpoint and samples; they stay there, whatever is logged later."""
+        self._upload(client, run_id, folder, ["checkpoint.safetensors", "samples"])
+        client.set_tag(run_id, TENSORS, "true")
+
+    def _upload(
+        self, client: MlflowClient, run_id: str, folder: JobFolder, names: Sequence[str]
+    ) -> None:
+        """Log those files and folders that there are; in the database's folder they are links."""
         present = [path for name in names if (path := folder.path / name).exists()]
-        if self.database is not None:
-            target = self._artifacts / run_id / "artifacts"
-            shutil.rmtree(target, ignore_errors=True)
-            for path in present:
-                _link(path, target / path.name)
-            return
-        for path in present:
+        target = self._artifacts / run_id / "artifacts"
+        for path in present if self.database is not None else ():
+            shutil.rmtree(target / path.name, ignore_errors=True)
+            _link(path, target / path.name)
+        for path in present if self.database is None else ():
             if path.is_dir():
                 client.log_artifacts(run_id, str(path), path.name)
             else:
@@ -318,10 +335,12 @@ def read_records(uri: str) -> list[Record]:
     """
     _configure()
     try:
-        import mlflow
+        from mlflow import MlflowClient
 
-        mlflow.set_tracking_uri(uri)
-        client = mlflow.MlflowClient(tracking_uri=uri)
+        file = Path(uri.removeprefix("sqlite:///"))
+        if uri.startswith("sqlite:///") and not file.exists():
+            raise FileNotFoundError(f"there is no {file}")
+        client = MlflowClient(tracking_uri=uri)
         experiment = client.get_experiment_by_name(experiment_name())
         if experiment is None:
             return []
@@ -331,7 +350,8 @@ def read_records(uri: str) -> list[Record]:
             if logged.content and not logged.is_deleted
         ]
         with ThreadPoolExecutor(8) as pool:
-            found = [record for record in pool.map(_download, ids) if record]
+            read = pool.map(lambda run_id: _download(client, run_id), ids)
+            found = [record for record in read if record]
     except Exception as error:  # MLflow raises many kinds, and all mean the same here
         raise UserError(
             f"MLflow: {uri} cannot be read: {_first_line(error)}. Check the address."
@@ -342,14 +362,16 @@ def read_records(uri: str) -> list[Record]:
     return sorted(newest.values(), key=lambda record: record.id)
 
 
-def _download(run_id: str) -> Record | None:
-    """Return the record that a run holds; ``None`` if it is of another version."""
-    import mlflow
+def _download(client: MlflowClient, run_id: str) -> Record | None:
+    """Return the record that a run holds; ``None`` if there is none, or of another version."""
+    from mlflow.exceptions import MlflowException
 
-    try:
-        return Record.model_validate(mlflow.artifacts.load_dict(f"runs:/{run_id}/record.json"))
-    except ValidationError:
-        return None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = client.download_artifacts(run_id, "record.json", folder)
+            return Record.model_validate_json(Path(path).read_bytes())
+        except (ValidationError, OSError, MlflowException):
+            return None
 
 
 def _search(client: MlflowClient, experiment: str, only: str = "") -> list[_Logged]:
@@ -392,6 +414,7 @@ def _link(source: Path, target: Path) -> None:
             _link(path, target / path.name)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:

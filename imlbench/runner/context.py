@@ -17,7 +17,7 @@ from torch import nn
 
 from imlbench.api.model import FitContext
 from imlbench.errors import Diverged
-from imlbench.plan.identity import code_of, digest
+from imlbench.plan.identity import code_of, digest, is_within
 from imlbench.plan.jobs import Job
 from imlbench.records.folder import read_tensors, write_tensors, write_text
 from imlbench.records.record import Point
@@ -39,6 +39,7 @@ class JobContext(FitContext):
         stages: The folder of the cache.
         report: Called with every event.
         refit_before: Stages that were fitted before this time are fitted again.
+        home: The module of the model: what a stage's code is looked for beside, and in imlbench.
 
     Attributes:
         curves: What was reported.
@@ -55,8 +56,9 @@ class JobContext(FitContext):
         stages: Path,
         report: Report,
         refit_before: float = 0.0,
+        home: str = "imlbench",
     ) -> None:
-        self.device, self.seed = device, job.seed
+        self.device, self.seed, self._home = device, job.seed, home
         self._data = [job.dataset, job.fingerprint]
         self._stages, self._report, self._refit_before = stages, report, refit_before
         self.curves: list[Point] = []
@@ -84,8 +86,10 @@ class JobContext(FitContext):
         settings: Mapping[str, JsonValue],
         fit: Callable[[], None],
     ) -> None:
-        code = code_of(type(module).__module__, _home_of(fit), "imlbench.runner.fitting")
-        key = digest("stage", stage, code, self._data, self.seed, dict(settings))
+        homes = [type(module).__module__, _home_of(fit)]
+        code = code_of("imlbench.runner.fitting", *(h for h in homes if is_within(h, self._home)))
+        what = [stage, type(module).__qualname__, self._data, self.seed, dict(settings)]
+        key = digest("stage", code, what)
         name = f"{stage}-{key}"
         self.stages_used.append(name)
         facts, tensors = self._stages / f"{name}.json", self._stages / f"{name}.safetensors"

@@ -80,7 +80,8 @@ def run_job(
     model = build(registry.models[job.model], job.model_params, dataset.space, job.seed, device)
     if record.fit is None or not folder.checkpoint.exists():
         report("fit")
-        context = JobContext(job, device, store.stages, report, refit_before)
+        home = type(model).__module__
+        context = JobContext(job, device, store.stages, report, refit_before, home)
         record = _fit(model, splits, context, folder, record)
     model.load_state_dict(read_tensors(folder.checkpoint))
     model.eval().requires_grad_(False)
@@ -138,6 +139,7 @@ def _draw(
     if record.draws.get(job.draw) == job.draw_key and path.exists():
         return read_tensors(path)["samples"], record
     samples = draw(model, job.seed, job.n_draws, job.n_samples, device)
+    record = folder.write(record.without_scores(job.draw))
     write_tensors(path, {"samples": samples})
     draws = {**record.draws, job.draw: job.draw_key}
     return samples, folder.write(record.model_copy(update={"draws": draws}))
@@ -162,8 +164,10 @@ class _Scorer:
             metric = cls(cls.params_type.model_validate(task.params))
             reason = why_not(metric, self._evaluation)
             if reason:
-                reasons[task.label] = NotApplicable(key=task.key(self._job), reason=reason)
+                reasons[task.label] = NotApplicable(key=task.reason_key(self._job), reason=reason)
             elif task.key(self._job) not in known:
+                outdated = self._job.draw if task.needs_samples else ""
+                record = record.without_scores(outdated, task.label)
                 try:
                     record = self._folder.write(record.with_score(self._score(metric, task)))
                 except Exception as error:  # a metric is somebody else's code
@@ -172,7 +176,8 @@ class _Scorer:
         return self._folder.write(record.model_copy(update={"not_applicable": reasons}))
 
     def _score(self, metric: AnyMetric, task: Task) -> Scored:
-        cache = _Cache(self._store.cache, [self._job.dataset, self._job.fingerprint, task.code])
+        data = [self._job.dataset, self._job.fingerprint]
+        cache = _Cache(self._store.cache, [*data, task.name, task.code])
         found = score(metric, replace(self._evaluation, cache=cache))
         draw = self._job.draw if task.needs_samples else ""
         n_groups = 0
@@ -201,7 +206,7 @@ class _Scorer:
 
     def show_all(self, record: Record, tasks: Sequence[Task], registry: Registry) -> Record:
         """Return the record with the artifacts; one that fails costs a line, not the job."""
-        known = {found.key for found in record.artifacts}
+        known = {found.key for found in record.artifacts if not found.error}
         for task in tasks:
             cls = registry.artifacts[task.name]
             artifact = cls(cls.params_type.model_validate(task.params))
@@ -259,7 +264,7 @@ class _Cache:
 
     Arguments:
         folder: Where it is.
-        identity: What identifies the data and the metric's code.
+        identity: What identifies the data, the metric and its code.
     """
 
     def __init__(self, folder: Path, identity: list[str]) -> None:

@@ -107,10 +107,12 @@ def run_jobs(
     """
     pending: list[Job] = []
     for job in plan.jobs:
-        record = None if force else store.folder(job.id).read()
+        folder = store.folder(job.id)
+        record = None if force or not folder.checkpoint.exists() else folder.read()
         if record is not None and record.is_complete(job, plan.metrics, plan.artifacts):
+            folder.confirm()
             outcome = Outcome(job, Status.DONE, reused=True)
-            display.end(outcome, store.folder(job.id))
+            display.end(outcome, folder)
             yield outcome
         else:
             pending.append(job)
@@ -285,13 +287,14 @@ def _spawn(assignment: Assignment, lock: FileLock) -> _Running:
         folder.clear()
     folder.remove_unfinished()
     now = time.time()
-    record = folder.read() or Record.begin(assignment.job, now)
-    fresh = {"status": None, "reason": "", "started": now, "ended": None}
-    folder.write(record.model_copy(update=fresh))
+    record = folder.read()
+    if record is None or record.fit is None:
+        record = Record.begin(assignment.job, now)
+    folder.write(record.model_copy(update={"status": None, "reason": "", "confirmed": now}))
     receiver, sender = os.pipe()
     os.set_blocking(receiver, False)
     try:
-        with folder.log.open("wb") as log:
+        with folder.log.open("ab" if record.fit else "wb") as log:  # the fit's log stays
             process = subprocess.Popen(
                 # -P: the folder that this was started in is no place to import from.
                 [

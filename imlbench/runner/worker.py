@@ -21,8 +21,8 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from imlbench.api.data import Sources
-from imlbench.errors import Diverged
-from imlbench.plan.jobs import Job, Task
+from imlbench.errors import Diverged, UserError
+from imlbench.plan.jobs import Job, Task, have_changed
 from imlbench.records.folder import JobFolder, Store
 from imlbench.records.record import Record, Status
 from imlbench.runner.context import Event
@@ -95,7 +95,7 @@ def end(folder: JobFolder, status: Status, reason: str = "") -> Record | None:
     record = folder.read()
     if record is None:
         return None
-    ended = {"status": status, "reason": reason, "ended": time.time()}
+    ended = {"status": status, "reason": reason, "ended": record.ended or time.time()}
     return folder.write(record.model_copy(update=ended))
 
 
@@ -106,13 +106,16 @@ def _attempt(assignment: Assignment, report: Callable[[Event], None]) -> tuple[S
         from imlbench.plan.registry import Registry
         from imlbench.runner.job import run_job
 
+        registry = Registry()
+        if have_changed(assignment.job, assignment.metrics, assignment.artifacts, registry):
+            raise UserError("the code changed during the run. Run again.")
         torch.set_num_threads(assignment.n_threads)
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
         run_job(
             assignment.job,
             Store(assignment.results),
-            Registry(),
+            registry,
             metrics=assignment.metrics,
             artifacts=assignment.artifacts,
             sources=assignment.sources,
