@@ -188,6 +188,7 @@ def test_a_new_version_of_torch_is_told_in_the_record_and_redoes_nothing(tree, m
         ("x = 1.0", False),
         ("y = 1", False),
         ("x = 1\nprint(x)", False),
+        ("this is no Python", False),
     ],
 )
 def test_syntax_counts_and_its_form_does_not(tmp_path, text, same):

@@ -214,7 +214,12 @@ def _package_of(file: Path, roots: Roots) -> str:
 
 @functools.cache
 def _tree(file: Path) -> ast.Module:
-    return ast.parse(file.read_bytes())
+    """Return a file's syntax tree; of one that cannot be parsed, its bytes stand for it."""
+    content = file.read_bytes()
+    try:
+        return ast.parse(content)
+    except (SyntaxError, ValueError):
+        return ast.Module([ast.Expr(ast.Constant(content))], [])
 
 
 @functools.cache

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import sqlite3
 import tempfile
@@ -25,13 +24,13 @@ from pydantic import ValidationError
 
 from imlbench.errors import UserError
 from imlbench.plan.identity import digest
-from imlbench.plan.settings import assignments
+from imlbench.records import terms
 from imlbench.records.folder import JobFolder, Store
 from imlbench.records.record import Record, Status
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import DatasetInput, Metric, Run
+    from mlflow.entities import Run
 
 EXPERIMENT = "imlbench"
 JOB, CONTENT, FIT, STORE, TENSORS = (
@@ -39,7 +38,6 @@ JOB, CONTENT, FIT, STORE, TENSORS = (
 )
 _PAGE = 1000
 _MOST_METRICS = 1000  # that one request may hold
-_LONGEST = 500  # characters of a parameter that every store takes
 _MOST_COLUMNS = 8  # metrics in the list of runs
 _VIEW = "imlbench"
 
@@ -198,7 +196,7 @@ class Tracker:
 
     def _offer_view(self, client: MlflowClient, experiment: str, records: Sequence[Record]) -> None:
         """Offer a list of runs with their metrics, by a link; MLflow's own list shows none."""
-        found = {(score.position, _legal(score.label)) for r in records for score in r.scores}
+        found = {(score.position, terms.legal(score.label)) for r in records for score in r.scores}
         metrics = [f"metrics.`{name}`" for _, name in sorted(found)[:_MOST_COLUMNS]]
         columns = ["attributes.`Duration`", *metrics, "params.`seed`"]
         link = f"#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey="
@@ -266,27 +264,27 @@ class Tracker:
         from mlflow.entities import Param, RunTag
 
         ended = int((record.ended or record.started) * 1000)
-        values = _values(record)
+        values = terms.values(record)
         if kept is None:
             run = client.create_run(
                 experiment,
                 start_time=int(record.started * 1000),
                 tags={JOB: record.id, STORE: self.store.name},
-                run_name=run_name(record),
+                run_name=terms.run_name(record),
             )
             run_id = run.info.run_id
-            params = [Param(key, value) for key, value in _params(record).items()]
-            points = _curves(folder, ended)
+            params = [Param(key, value) for key, value in terms.params(record).items()]
+            points = terms.curves(folder, ended)
             client.log_batch(run_id, params=params)
-            client.log_inputs(run_id, [_data(record)])
+            client.log_inputs(run_id, [terms.data(record)])
         else:
             run_id, points = kept.run_id, []
             values = {name: v for name, v in values.items() if kept.metrics.get(name) != v}
-        points += _points(values, ended)
+        points += terms.points(values, ended)
         for start in range(0, len(points), _MOST_METRICS):
             client.log_batch(run_id, metrics=points[start : start + _MOST_METRICS])
         self._log_files(client, run_id, folder)
-        tags = {**_tags(record), STORE: self.store.name, FIT: fit}
+        tags = {**terms.tags(record), STORE: self.store.name, FIT: fit}
         client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         state = "FINISHED" if record.status is Status.DONE else "FAILED"
         client.set_terminated(run_id, status=state, end_time=ended)
@@ -428,101 +426,3 @@ def _ended(folder: JobFolder) -> Record | None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def run_name(record: Record) -> str:
-    """Return a name that tells what is not at its default.
-
-    A person sees many of them below each other, so the shortest form that tells runs apart.
-    """
-    words = [record.model, record.dataset, *assignments(record.changed), f"seed={record.seed}"]
-    return " ".join(words)
-
-
-def _tags(record: Record) -> dict[str, str]:
-    environment = record.fit.environment if record.fit else None
-    tags = {
-        "mlflow.user": environment.user if environment else "",
-        "mlflow.source.name": "imlbench",
-        "mlflow.source.type": "LOCAL",
-        "mlflow.source.git.commit": environment.git_commit.removesuffix("+") if environment else "",
-        "mlflow.note.content": _description(record),
-        "imlbench.status": str(record.status),
-        "imlbench.reason": record.reason,
-        "imlbench.version": environment.imlbench if environment else "",
-        "imlbench.torch": environment.torch if environment else "",
-        "imlbench.device": environment.device if environment else "",
-    }
-    return {name: value[:_LONGEST] for name, value in tags.items() if value}
-
-
-def _description(record: Record) -> str:
-    text = f"{record.model} on {record.dataset}, seed {record.seed}: {record.status}"
-    return f"{text}: {record.reason}" if record.reason else text
-
-
-def _params(record: Record) -> dict[str, str]:
-    pairs = {
-        "model": record.model,
-        "dataset": record.dataset,
-        "seed": str(record.seed),
-        **dict(pair.split("=", 1) for pair in assignments(record.params)),
-        **{
-            f"{record.dataset}.{name}": value
-            for name, value in (pair.split("=", 1) for pair in assignments(record.dataset_params))
-        },
-    }
-    return {name: value[:_LONGEST] for name, value in pairs.items()}
-
-
-def _data(record: Record) -> DatasetInput:
-    """Return the data set, as MLflow describes data sets."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    profile = {"event_shape": record.event_shape, "n_train": record.fit and record.fit.n_train}
-    dataset = Dataset(
-        name=record.dataset,
-        digest=record.fingerprint,
-        source_type="imlbench",
-        source=json.dumps(record.dataset_params),
-        profile=json.dumps(profile),
-    )
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
-
-
-def _values(record: Record) -> dict[str, float]:
-    """Return the metrics by a name that MLflow takes; samples drawn last have the plain names."""
-    last = next(reversed(record.draws), "")
-    values: dict[str, float] = {}
-    for score in record.scores:
-        name = _legal(score.label if score.draw in ("", last) else f"{score.label}/{score.draw}")
-        values[name] = score.value
-        if score.stderr is not None:
-            values[f"{name}.stderr"] = score.stderr
-    if record.fit:
-        values["fit_seconds"] = record.fit.seconds
-        values["peak_memory_mib"] = record.fit.peak_memory_bytes / 2**20
-        values["n_parameters"] = float(record.fit.n_parameters)
-    return values
-
-
-def _legal(name: str) -> str:
-    """Return a metric's name in the characters that MLflow allows."""
-    return re.sub(r"[^\w\-. :/]", " ", name.replace("=", ":"), flags=re.ASCII).strip()
-
-
-def _points(values: dict[str, float], timestamp: int) -> list[Metric]:
-    from mlflow.entities import Metric
-
-    return [Metric(name, value, timestamp, 0) for name, value in values.items()]
-
-
-def _curves(folder: JobFolder, timestamp: int) -> list[Metric]:
-    """Return the learning curves as metrics with steps."""
-    from mlflow.entities import Metric
-
-    return [
-        Metric(_legal(f"{point.stage}/{name}"), value, timestamp, point.step)
-        for point in folder.read_curves()
-        for name, value in point.values.items()
-    ]
