@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import platform
 import textwrap
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
 
-from imlbench.runner.provenance import environment
+from imlbench.runner.provenance import environment, processor
 from speed.case import Record
 
 LIBRARIES = ("numpy", "scikit-learn", "hmmlearn", "pomegranate", "pythae")
@@ -25,24 +23,15 @@ def facts(threads: int) -> dict[str, str]:
     """Return what a reader needs to know about this machine and its software."""
     usual = environment(torch.device("cpu"))
     return {
-        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "processor": f"{processor()}, {os.cpu_count()} cores",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "threads": str(threads),
-        "system": usual.machine,
+        "system": usual.machine.partition(",")[0],
         "imlbench": f"{usual.imlbench} {usual.git_commit}".strip(),
         "python": usual.python,
         "torch": usual.torch,
         **{name: _version(name) for name in LIBRARIES},
     }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str:

@@ -26,10 +26,19 @@ def environment(device: torch.device) -> Environment:
         python=platform.python_version(),
         torch=torch.__version__,
         device=torch.cuda.get_device_name(device) if cuda else "cpu",
-        machine=f"{platform.system()} {platform.machine()}",
+        machine=f"{platform.system()} {platform.machine()}, {processor()}",
         n_threads=torch.get_num_threads(),
         user=user(),
     )
+
+
+def processor() -> str:
+    """Return the processor's model: another one's arithmetic may differ in the last digits."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown processor"
 
 
 def user() -> str:
