@@ -152,6 +152,7 @@ def test_an_unreadable_file_is_one_message(registry, tmp_path, content, message)
         ({"seeds": "-3"}, ["--seeds: must be greater than or equal to 0"]),
         ({"seeds": "2..1"}, ["--seeds: must be like 0..2, the smaller number first"]),
         ({"seeds": "0..99999999"}, ["--seeds: must be at most 10000 seeds"]),
+        ({"settings": ["n_draws=3"]}, ["'n_draws' is one of the benchmark. Use --n-draws"]),
         ({"n_samples": 1}, ["--n-samples: must be greater than or equal to 2; got 1"]),
     ],
 )

@@ -464,6 +464,12 @@ def _unused_settings(
         else:
             among = here if setting.strict and not setting.target else targets
             fields = {name for cls in among for name in cls.params_type.model_fields}
-            if setting.name not in fields:
+            if setting.name in ("n_samples", "n_draws", "seeds"):
+                option = setting.name.replace("_", "-")
+                errors.append(
+                    f"{setting.origin}: must be a plugin's; '{setting.name}' is one of "
+                    f"the benchmark. Use --{option}, or {setting.name} in benchmarks.toml."
+                )
+            elif setting.name not in fields:
                 errors.append(f"{setting.origin}: {unknown('parameter', setting.name, fields)}")
     return errors
