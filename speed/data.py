@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from pydantic import JsonValue
-from torch import Tensor, nn
+from torch import Tensor
 
-from imlbench import Examples, FitContext, Sources, Space, Splits
+from imlbench import Examples, Sources, Space, Splits
 from imlbench.plan.identity import code_of, digest
 from imlbench.plan.registry import Registry
 from imlbench.records.folder import read_tensors, write_tensors
 from imlbench.runner import fitting
+from imlbench.testing import CheckContext
 
 EPOCHS = 3
 """Enough for embeddings that are no noise."""
-
-
-class Context(FitContext):
-    """A fit that reports to nobody and caches nothing."""
-
-    def __init__(self, seed: int) -> None:
-        self.device, self.seed = torch.device("cpu"), seed
-
-    def report(self, stage: str, step: int, n_steps: int, **values: float) -> None:
-        pass
-
-    def record(self, **facts: JsonValue) -> None:
-        pass
-
-    def fit_once(
-        self,
-        stage: str,
-        module: nn.Module,
-        settings: Mapping[str, JsonValue],
-        fit: Callable[[], None],
-    ) -> None:
-        fit()
 
 
 def load(dataset: str) -> tuple[Splits, Space]:
@@ -71,7 +48,7 @@ def autoencoder(dataset: str, latent_dim: int) -> tuple[Any, Splits]:
     if path.exists():
         model.load_state_dict(read_tensors(path))
     else:
-        model.fit(splits.train, splits.valid, Context(seed=0))
+        model.fit(splits.train, splits.valid, CheckContext(seed=0))
         write_tensors(path, model.state_dict())
     return model.eval().requires_grad_(False), splits
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from imlbench import Examples, Splits
 from imlbench.densities import kde_log_prob
+from imlbench.testing import CheckContext
 from imlbench.training import batch_size_for
 from speed import data
 from speed.case import Case, Claim, Finding, Measured, Note, Seconds
@@ -44,7 +45,7 @@ CLAIMS = (
 
 def imlbench_samples(model: Any, splits: Splits, n_samples: int, seed: int) -> Tensor:
     """Fit the model and draw from it."""
-    model.fit(splits.train, splits.valid, data.Context(seed))
+    model.fit(splits.train, splits.valid, CheckContext(seed))
     with torch.no_grad():
         samples: Tensor = model.eval().sample(n_samples, torch.Generator().manual_seed(seed))
     return samples

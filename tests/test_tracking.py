@@ -162,8 +162,7 @@ def test_exporting_again_changes_nothing(store):
 
 def test_new_scores_go_to_the_run_that_is_there(store, registry):
     before = {run.info.run_id for run in runs_of(store)}
-    benchmark_more = ["kde.h=0.3"]
-    run_jobs_here(registry, store.root, *benchmark_more, seeds="0,1")
+    run_jobs_here(registry, store.root, "kde.h=0.3", seeds="0,1")
     export(store)
     runs = runs_of(store)
     assert {run.info.run_id for run in runs} == before

@@ -10,14 +10,13 @@ import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from tabulate import tabulate
 
 from imlbench.records.tables import Column, Row, Table
 
 Format = Literal["terminal", "github", "latex", "html", "csv", "json"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 
 NOTE = (
     "± is the standard deviation over n seeds; (…) is the standard error over test examples, "
