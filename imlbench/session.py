@@ -349,7 +349,7 @@ def run(
         found.to_frame().plot("latent_dim", "kde")
     """
     from imlbench.plan.config import find_file, make_benchmark
-    from imlbench.plan.jobs import make_plan
+    from imlbench.plan.planning import make_plan
     from imlbench.plan.registry import Registry
 
     file = find_file(Path(config) if config else None)
@@ -407,9 +407,9 @@ def execute(
         config: The file of published values.
         log_tensors: Log checkpoints and samples to MLflow, too.
     """
-    from imlbench.api.data import Sources
+    from imlbench.api.sources import Sources
     from imlbench.plan.config import read_file
-    from imlbench.plan.jobs import identify_data
+    from imlbench.plan.planning import identify_data
     from imlbench.records.tracking import Tracker
     from imlbench.runner.local import find_devices, run_jobs
     from imlbench.runner.progress import make_display

@@ -18,7 +18,8 @@ import torch
 
 from imlbench import Diverged, Metric, Model, Params, Score, Sources, Space
 from imlbench.plan.config import make_benchmark
-from imlbench.plan.jobs import Plan, identify_data, make_plan
+from imlbench.plan.jobs import Plan
+from imlbench.plan.planning import identify_data, make_plan
 from imlbench.plan.registry import Registry
 from imlbench.records.folder import JobFolder, Store, read_tensors
 from imlbench.records.record import Status

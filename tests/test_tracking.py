@@ -23,7 +23,7 @@ from mlflow.tracking._tracking_service.registry import TrackingStoreRegistry
 import imlbench as api
 from imlbench import Sources, UserError
 from imlbench.plan.config import make_benchmark
-from imlbench.plan.jobs import identify_data, make_plan
+from imlbench.plan.planning import identify_data, make_plan
 from imlbench.records.folder import JobFolder, Store
 from imlbench.records.record import Record, Status
 from imlbench.records.removal import collect_garbage, remove_jobs

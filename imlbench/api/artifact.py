@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
-from imlbench.api.data import KINDS, Kind
 from imlbench.api.metric import Evaluation
 from imlbench.api.params import P, Parametrised
+from imlbench.api.space import KINDS, Kind
 
 
 class Artifact(Parametrised[P], ABC):

@@ -1,70 +1,16 @@
-"""Data as every plugin sees them: the space of an example, splits of examples, sources of files."""
+"""Data as every plugin sees them: examples, and the three splits of a dataset."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
-import platformdirs
 import torch
 from torch import Tensor
 
-from imlbench.errors import DataError
-
-Kind = Literal["vector", "image", "sequence"]
-KINDS: frozenset[Kind] = frozenset({"vector", "image", "sequence"})
-
 Index = int | slice | Tensor
 """What picks examples: one, a range, or a tensor of numbers or of truth values."""
-
-
-@dataclass(frozen=True)
-class Space:
-    """What one example is, known before any data are read.
-
-    Arguments:
-        kind: ``"vector"``, ``"image"`` (channels first) or ``"sequence"`` (a chunk of a recording).
-        event_shape: The shape of one example, such as ``(1, 28, 28)``.
-        value_range: Smallest and largest possible value, or ``None`` where values have no bounds.
-
-    Example:
-        >>> Space("image", (1, 28, 28), (0.0, 1.0)).n_dims
-        784
-    """
-
-    kind: Kind
-    event_shape: tuple[int, ...]
-    value_range: tuple[float, float] | None = None
-
-    @property
-    def n_dims(self) -> int:
-        """The number of scalars in one example."""
-        return math.prod(self.event_shape)
-
-    def from_unit(self, unit: Tensor) -> Tensor:
-        """Take [0, 1] to the range of values; without one, return ``unit`` as it is.
-
-        Example:
-            >>> Space("image", (1, 1, 1), (-1.0, 1.0)).from_unit(torch.tensor([0.0, 0.75]))
-            tensor([-1.0000,  0.5000])
-        """
-        if self.value_range is None:
-            return unit
-        low, high = self.value_range
-        return low + (high - low) * unit
-
-    def to_unit(self, x: Tensor) -> Tensor:
-        """Take the range of values to [0, 1], the inverse of :meth:`from_unit`."""
-        if self.value_range is None:
-            return x
-        low, high = self.value_range
-        return (x - low) / (high - low)
 
 
 class Examples:
@@ -199,41 +145,3 @@ class Splits:
         if not self.fingerprint:
             digests = " ".join(part.digest() for part in (self.train, self.valid, self.test))
             self.fingerprint = hashlib.sha256(digests.encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Where datasets look for their files.
-
-    Arguments:
-        data_dir: The folder named on the command line, if any; it comes first.
-        offline: Never touch the network.
-    """
-
-    data_dir: Path | None = None
-    offline: bool = False
-
-    @property
-    def cache_dir(self) -> Path:
-        """The user's cache folder, where downloads and decoded data go."""
-        return Path(os.environ.get("IMLBENCH_CACHE") or platformdirs.user_cache_dir("imlbench"))
-
-    @property
-    def directories(self) -> tuple[Path, ...]:
-        """The folders to look in, in order: ``--data-dir``, ``$IMLBENCH_DATA``, the cache."""
-        environment = os.environ.get("IMLBENCH_DATA")
-        named = (self.data_dir, Path(environment) if environment else None, self.cache_dir)
-        return tuple(folder for folder in named if folder is not None)
-
-    def find(self, relative: str) -> Path | None:
-        """Return the first existing ``folder / relative``, or ``None``."""
-        for path in (folder / relative for folder in self.directories):
-            with contextlib.suppress(OSError):  # a folder that may not be searched
-                if path.exists():
-                    return path
-        return None
-
-    def missing(self, dataset: str, relative: str, remedy: str) -> DataError:
-        """Return the error that says where ``relative`` was looked for, and what to do."""
-        looked = ", ".join(str(folder) for folder in self.directories)
-        return DataError(f"dataset {dataset}: {relative} not found; looked in {looked}. {remedy}")

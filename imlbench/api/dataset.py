@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from imlbench.api.capabilities import Capable
-from imlbench.api.data import Sources, Space, Splits
+from imlbench.api.data import Splits
 from imlbench.api.params import P, Parametrised
+from imlbench.api.sources import Sources
+from imlbench.api.space import Space
 
 
 class Dataset(Parametrised[P], Capable, ABC):

@@ -11,11 +11,12 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from imlbench.api.data import KINDS, Examples, Kind, Splits
+from imlbench.api.data import Examples, Splits
 from imlbench.api.dataset import AnyDataset
 from imlbench.api.model import AnyModel
 from imlbench.api.params import P, Parametrised
 from imlbench.api.randomness import make_generator
+from imlbench.api.space import KINDS, Kind
 
 Tensors = dict[str, Tensor]
 Cache = Callable[[str, Mapping[str, JsonValue], Callable[[], Tensors]], Tensors]

@@ -11,9 +11,10 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from imlbench.api.capabilities import Capable
-from imlbench.api.data import KINDS, Examples, Kind, Space
+from imlbench.api.data import Examples
 from imlbench.api.params import P, Parametrised
 from imlbench.api.randomness import make_generator
+from imlbench.api.space import KINDS, Kind, Space
 
 
 class FitContext(ABC):

@@ -309,7 +309,7 @@ def _make_plan(**selection: Unpack[Selection]) -> tuple[Plan, Registry]:
         n_draws=selection["n_draws"],
         settings=(*selection["settings"], *([f"epochs={epochs}"] if epochs else [])),
     )
-    from imlbench.plan.jobs import make_plan
+    from imlbench.plan.planning import make_plan
 
     registry = _load_registry()
     return make_plan(chosen, registry), registry

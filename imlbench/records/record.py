@@ -28,13 +28,15 @@ class Status(StrEnum):
     INTERRUPTED = "interrupted"
 
 
-class _Fact(BaseModel):
+class Fact(BaseModel):
+    """Base of what is written down: frozen, complete, finite."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
     )
 
 
-class Environment(_Fact):
+class Environment(Fact):
     """With what, and where, a model was fitted."""
 
     imlbench: str
@@ -47,7 +49,7 @@ class Environment(_Fact):
     user: str
 
 
-class Fit(_Fact):
+class Fit(Fact):
     """A finished fit.
 
     Arguments:
@@ -71,7 +73,7 @@ class Fit(_Fact):
     environment: Environment
 
 
-class Scored(_Fact):
+class Scored(Fact):
     """One metric's result.
 
     Arguments:
@@ -107,7 +109,7 @@ class Scored(_Fact):
     position: int
 
 
-class Shown(_Fact):
+class Shown(Fact):
     """One artifact's result: its files lie in the folder ``artifacts/<draw>/<label>``."""
 
     artifact: str
@@ -118,7 +120,7 @@ class Shown(_Fact):
     error: str = ""
 
 
-class Point(_Fact):
+class Point(Fact):
     """One point of the learning curves.
 
     Arguments:
@@ -134,7 +136,7 @@ class Point(_Fact):
     values: dict[str, float]
 
 
-class NotApplicable(_Fact):
+class NotApplicable(Fact):
     """Why a metric was not computed.
 
     Arguments:
@@ -146,7 +148,7 @@ class NotApplicable(_Fact):
     reason: str
 
 
-class Record(_Fact):
+class Record(Fact):
     """Everything that is known of a job.
 
     A job is one fit; samples drawn from it in several ways, and their scores, are in one record.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from pydantic import JsonValue
 
-from imlbench.api.data import Space, Splits
+from imlbench.api.data import Splits
 from imlbench.api.model import AnyModel, FitContext
 from imlbench.api.randomness import derive_seed
+from imlbench.api.space import Space
 from imlbench.runner.seeding import seeded
 
 

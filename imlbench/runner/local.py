@@ -15,7 +15,7 @@ from typing import Protocol
 
 from filelock import FileLock, Timeout
 
-from imlbench.api.data import Sources
+from imlbench.api.sources import Sources
 from imlbench.errors import UserError
 from imlbench.plan.jobs import Job, Plan
 from imlbench.records.folder import JobFolder, Store

@@ -20,9 +20,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from imlbench.api.data import Sources
+from imlbench.api.sources import Sources
 from imlbench.errors import Diverged, UserError
-from imlbench.plan.jobs import Job, Task, have_changed
+from imlbench.plan.jobs import Job, Task
+from imlbench.plan.planning import have_changed
 from imlbench.records.folder import JobFolder, Store
 from imlbench.records.record import Record, Status
 from imlbench.runner.context import Event
