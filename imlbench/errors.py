@@ -53,6 +53,27 @@ class Diverged(Exception):
         self.stage, self.step, self.reason = stage, step, reason
 
 
+ANYTHING = (Exception, SystemExit)
+"""What somebody else's code can raise; Ctrl-C is the user's."""
+
+
+def brief(error: BaseException, length: int = 2000) -> str:
+    """Return an error as one line of printable characters: its type and what it says.
+
+    Example:
+        >>> brief(ValueError("no\x1b[2J\\nfile"))
+        'ValueError: no [2J file'
+    """
+    return f"{type(error).__name__}: {plain(str(error), length)}".rstrip(": ")
+
+
+def plain(text: str, length: int = 2000) -> str:
+    """Return a text as one line, without what a terminal would obey."""
+    printable = "".join(c if c.isprintable() else " " for c in text[: 4 * length])
+    short = " ".join(printable.split())
+    return short if len(short) <= length else f"{short[: length - 1]}…"
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """Return ``unknown <what> 'name'.`` with the nearest name and the list of known ones.
 

@@ -12,14 +12,16 @@ Example::
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from imlbench.errors import UserError, unknown
-from imlbench.records.folder import Store, read_tensors
+from imlbench.records.folder import Store
 from imlbench.records.record import Record, Status
 from imlbench.records.tables import Entry, Published, Table, entries, make_tables
 
@@ -28,13 +30,15 @@ if TYPE_CHECKING:
     import torch
 
     from imlbench.api.model import AnyModel
-    from imlbench.plan.jobs import Plan
-    from imlbench.plan.registry import Registry
+    from imlbench.plan.config import Benchmark
+    from imlbench.plan.jobs import Job, Plan
     from imlbench.records.render import Format
-    from imlbench.runner.local import Outcome
+    from imlbench.runner.contract import Assignment, Runner
+    from imlbench.runner.scheduling import Outcome
 
 Place = str | os.PathLike[str]
 Names = str | Sequence[str]
+Executor = Literal["local", "ray", "slurm"]
 
 
 class Leaderboard:
@@ -75,6 +79,7 @@ class Results:
         found: Records, each with a way in which samples were drawn.
         store: The folder they come from; ``None`` if they come from a server.
         published: Values from the literature.
+        damaged: Jobs whose records cannot be read.
     """
 
     def __init__(
@@ -82,8 +87,10 @@ class Results:
         found: Sequence[Entry],
         store: Store | None,
         published: Published | None = None,
+        damaged: Sequence[str] = (),
     ) -> None:
         self._entries, self._store, self._published = tuple(found), store, published
+        self.damaged = tuple(damaged)
 
     @property
     def records(self) -> tuple[Record, ...]:
@@ -157,10 +164,11 @@ class Results:
             UserError: There are none.
         """
         score = record.score(label, draw or next(reversed(record.draws), ""))
-        if self._store is None or score is None or not score.n_examples:
+        if self._store is None or score is None or score.file is None:
             labels = [found.label for found in record.scores if found.n_examples]
             raise UserError(f"job {record.id}: {unknown('per-example metric', label, labels)}")
-        return read_tensors(self._store.folder(record.id).per_example(label, score.draw))
+        folder = self._store.folder(record.id)
+        return folder.load(folder.per_example(label, score.draw), score.file)
 
 
 def _names(given: Names) -> tuple[str, ...]:
@@ -203,10 +211,7 @@ def results(
     Raises:
         UserError: There is no such folder, or the server cannot be read.
     """
-    from imlbench.plan.config import find_file, read_file
-
-    file = find_file(Path(config) if config else None)
-    published = read_file(file).published if file else None
+    published = _published(config)
     if tracking is not None:
         from imlbench.records.tracking import read_records
 
@@ -218,7 +223,7 @@ def results(
             "Run some first, for example: imlbench run --models iml,vae --datasets digits"
         )
     store = Store(root)
-    return Results(entries(store.records()), store, published)
+    return Results(entries(store.records()), store, published, store.damaged())
 
 
 def load(
@@ -264,11 +269,33 @@ def load(
             raise UserError(f"job {name}: {unknown(what, wanted, known_names)}")
     try:
         return open_model(record, store.folder(name), registry, torch.device(device))
+    except UserError:
+        raise
     except Exception as error:  # a plugin, or a file, can be wrong in any way
         raise UserError(
             f"job {name}: its checkpoint must fit today's code; got {type(error).__name__}: "
             f"{error}. Run it again, or install the version that it was made by."
         ) from error
+
+
+@dataclass(frozen=True)
+class Options:
+    """How and where jobs are run; see :func:`run`."""
+
+    path: Place = "results"
+    config: Place | None = None
+    data_dir: Place | None = None
+    offline: bool = False
+    device: str = "auto"
+    workers: int | None = None
+    executor: Executor = "local"
+    ray_address: str | None = None
+    slurm: Mapping[str, str] = field(default_factory=dict)
+    time_limit: float | None = None
+    checkpoint_every: float = 60.0
+    force: bool = False
+    progress: bool = True
+    log_tensors: bool = False
 
 
 @dataclass(frozen=True)
@@ -279,20 +306,204 @@ class Finished:
         results: What its jobs have left behind.
         plan: What was to run.
         outcomes: How its jobs ended.
-        problem: Why results could not be logged to MLflow; empty if they could.
+        problems: What could not be logged to MLflow, and why.
         was_interrupted: Whether the user stopped it.
     """
 
     results: Results
     plan: Plan
     outcomes: tuple[Outcome, ...]
-    problem: str
+    problems: tuple[str, ...]
     was_interrupted: bool
 
     @property
     def n_done(self) -> int:
         """How many jobs have a result."""
         return sum(outcome.status is Status.DONE for outcome in self.outcomes)
+
+
+class Session:
+    """A pool of processes, and what is done with it: plan, then run.
+
+    A context manager; whatever runs ends with it. No plugin's code runs in this process.
+
+    Arguments:
+        options: How and where.
+
+    Raises:
+        UserError: The results folder cannot be used.
+    """
+
+    def __init__(self, options: Options) -> None:
+        from imlbench.api.sources import Sources
+        from imlbench.runner.pool import Pool
+
+        self.options, self.store = options, Store(Path(options.path))
+        data_dir = Path(options.data_dir).resolve() if options.data_dir else None
+        self._sources = Sources(data_dir, options.offline)
+        self._pool = Pool()
+
+    def __enter__(self) -> Session:
+        self._pool.begin()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.close()
+
+    @property
+    def broken(self) -> dict[str, str]:
+        """The plugins that were left out, and why; known after a plan was made."""
+        return self._pool.broken
+
+    def plan(self, benchmark: Benchmark) -> Plan:
+        """Expand a benchmark into jobs.
+
+        Raises:
+            UserError: Everything that is wrong with the request, at once.
+        """
+        from imlbench.runner.calls import make_plan
+
+        return make_plan(self._pool, benchmark)
+
+    def plan_again(self, benchmark: Benchmark, records: Sequence[Record], as_fitted: bool) -> Plan:
+        """Plan jobs of the results folder, as they were fitted or by today's code.
+
+        Arguments:
+            benchmark: Which metrics are computed, with which parameters.
+            records: The jobs.
+            as_fitted: Whether nothing is fitted again.
+
+        Raises:
+            UserError: There is no such job, or a metric is unknown.
+        """
+        from imlbench.runner.calls import plan_again
+
+        ids = [record.id for record in records]
+        return plan_again(self._pool, benchmark, self.store.root, ids, as_fitted)
+
+    def execute(self, plan: Plan, *, is_fitted: bool = False) -> Finished:
+        """Run a plan, log what it leaves behind to MLflow, and return how it went.
+
+        Arguments:
+            plan: What to run.
+            is_fitted: Only scores are computed, of checkpoints and samples that are there.
+
+        Raises:
+            UserError: There is nothing to run, or data are missing.
+        """
+        from imlbench.records.exporter import Exporter
+        from imlbench.records.journal import Journal
+        from imlbench.runner.calls import read_data
+        from imlbench.runner.progress import Logbook, make_display
+        from imlbench.runner.scheduling import find_finished, run_jobs
+
+        if not len(plan):
+            reasons = "; ".join(map(str, plan.skips))
+            raise UserError(
+                f"run: there must be at least one job; everything is skipped: {reasons}."
+            )
+        self.store.prepare()
+        options = self.options
+        records = {record.id: record for record in self.store.records()}
+        if not is_fitted:
+            plan = read_data(self._pool, plan, self._sources, options.time_limit)
+        exporter = Exporter(self.store, with_tensors=options.log_tensors)
+        started, was_interrupted = time.time(), False
+        finished, left = find_finished(plan, self.store, {} if options.force else records)
+        with contextlib.ExitStack() as stack:
+            display = stack.enter_context(
+                make_display(self.store, len(plan.jobs), options.progress)
+            )
+            display.reuse(finished)
+            outcomes = list(finished)
+            try:
+                if left:
+                    journal = Journal(self.store, {job.id: str(job) for job in plan.jobs})
+                    stack.callback(journal.close)
+                    template = self._template(plan, left[0], is_fitted, started)
+                    runner = stack.enter_context(self._runner(len(left)))
+                    known = _durations(plan, records)
+                    watchers = [display, Logbook(journal)]
+                    for outcome in run_jobs(left, template, runner, watchers, known):
+                        outcomes.append(outcome)
+                        exporter.submit([outcome.job.id])
+            except KeyboardInterrupt:
+                was_interrupted = True
+        problems = exporter.finish(patience=10.0 if was_interrupted else 60.0)
+        return self._finished(plan, outcomes, problems, was_interrupted, records)
+
+    def _template(self, plan: Plan, job: Job, is_fitted: bool, started: float) -> Assignment:
+        from imlbench.runner.contract import Assignment
+
+        return Assignment(
+            job,
+            self.store.root.resolve(),
+            plan.metrics,
+            plan.artifacts,
+            self._sources,
+            refit_before=started if self.options.force else 0.0,
+            checkpoint_every=self.options.checkpoint_every,
+            time_limit=self.options.time_limit,
+            is_fitted=is_fitted,
+        )
+
+    @contextlib.contextmanager
+    def _runner(self, n_jobs: int) -> Iterator[Runner]:
+        """Make the runner that the options ask for."""
+        from imlbench.runner.calls import count_devices
+        from imlbench.runner.local import LocalRunner, choose_devices, suspending
+
+        options = self.options
+        if options.executor == "ray":
+            from imlbench.runner.ray_runner import RayRunner
+
+            yield RayRunner(options.ray_address, options.workers or 1)
+        elif options.executor == "slurm":
+            from imlbench.runner.slurm_runner import SlurmRunner
+
+            yield SlurmRunner(self.store.root / "slurm", options.slurm)
+        else:
+            n_cuda = 0 if options.device == "cpu" else count_devices(self._pool)
+            devices = choose_devices(options.device, n_cuda)
+            local = LocalRunner(devices, min(options.workers or len(devices), n_jobs), self._pool)
+            with suspending(local):
+                yield local
+
+    def _finished(
+        self,
+        plan: Plan,
+        outcomes: Sequence[Outcome],
+        problems: Sequence[str],
+        was_interrupted: bool,
+        records: dict[str, Record],
+    ) -> Finished:
+        """Read what the jobs have left behind: again, where something was computed."""
+        for outcome in outcomes:
+            record = None if outcome.is_reused else self.store.folder(outcome.job.id).read()
+            if record is not None:
+                records[record.id] = record
+        draws = {job.id: job.draw for job in plan.jobs}
+        shown = entries([records[name] for name in draws if name in records], draws)
+        published = _published(self.options.config)
+        results = Results(shown, self.store, published)
+        return Finished(results, plan, tuple(outcomes), tuple(problems), was_interrupted)
+
+
+def _durations(plan: Plan, records: Mapping[str, Record]) -> dict[tuple[str, str], float]:
+    """Return the seconds that fits took, by model and dataset, of the jobs of a plan."""
+    took: dict[tuple[str, str], list[float]] = {}
+    for job in plan.jobs:
+        record = records.get(job.id)
+        if record is not None and record.fit is not None:
+            took.setdefault((job.model, job.dataset), []).append(record.fit.seconds)
+    return {kind: sum(seconds) / len(seconds) for kind, seconds in took.items()}
+
+
+def _published(config: Place | None) -> Published | None:
+    from imlbench.plan.config import find_file, read_file
+
+    file = find_file(Path(config) if config else None)
+    return read_file(file).published if file else None
 
 
 def run(
@@ -311,7 +522,12 @@ def run(
     data_dir: Place | None = None,
     offline: bool = False,
     device: str = "auto",
+    workers: int | None = None,
+    executor: Executor = "local",
+    ray_address: str | None = None,
+    slurm: Mapping[str, str] | None = None,
     time_limit: float | None = None,
+    checkpoint_every: float = 60.0,
     force: bool = False,
     progress: bool = True,
 ) -> Results:
@@ -332,7 +548,13 @@ def run(
         data_dir: Where to look for data first.
         offline: Never touch the network.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:0,cuda:1"``.
-        time_limit: Seconds allowed per job.
+        workers: Jobs at a time; by default one for each device.
+        executor: ``"local"``, ``"ray"`` (needs ``imlbench[ray]``) or ``"slurm"`` (needs
+            ``imlbench[slurm]``).
+        ray_address: The cluster to join; by default one is started on this machine.
+        slurm: What to ask Slurm for, by submitit's names, such as ``{"timeout_min": "60"}``.
+        time_limit: Seconds allowed per job; suspension and imports do not count.
+        checkpoint_every: Seconds between two checkpoints within a fit.
         force: Run finished jobs again.
         progress: Show progress on the error stream.
 
@@ -349,8 +571,6 @@ def run(
         found.to_frame().plot("latent_dim", "kde")
     """
     from imlbench.plan.config import find_file, make_benchmark
-    from imlbench.plan.planning import make_plan
-    from imlbench.plan.registry import Registry
 
     file = find_file(Path(config) if config else None)
     chosen = make_benchmark(
@@ -365,89 +585,36 @@ def run(
         set=set,
         grid=grid,
     )
-    registry = Registry()
-    finished = execute(
-        make_plan(chosen, registry),
-        registry,
+    options = Options(
         path=path,
         config=file,
         data_dir=data_dir,
         offline=offline,
         device=device,
+        workers=workers,
+        executor=executor,
+        ray_address=ray_address,
+        slurm=slurm or {},
         time_limit=time_limit,
+        checkpoint_every=checkpoint_every,
         force=force,
         progress=progress,
     )
+    with Session(options) as session:
+        finished = session.execute(session.plan(chosen))
     if finished.was_interrupted:
         raise KeyboardInterrupt
     return finished.results
 
 
-def execute(
-    plan: Plan,
-    registry: Registry,
-    *,
-    path: Place,
-    config: Path | None,
-    data_dir: Place | None,
-    offline: bool,
-    device: str,
-    time_limit: float | None,
-    force: bool,
-    progress: bool = True,
-    log_tensors: bool = False,
-) -> Finished:
-    """Run a plan, log what it leaves behind to MLflow, and return how it went.
+def describe_plugins(name: str | None = None) -> str:
+    """Return a list of all plugins, or all about one of them.
 
-    The arguments are those of :func:`run`, but for
-
-    Arguments:
-        plan: What to run.
-        registry: Where its plugins are.
-        config: The file of published values.
-        log_tensors: Log checkpoints and samples to MLflow, too.
+    Raises:
+        UserError: There is none of that name.
     """
-    from imlbench.api.sources import Sources
-    from imlbench.plan.config import read_file
-    from imlbench.plan.planning import identify_data
-    from imlbench.records.tracking import Tracker
-    from imlbench.runner.local import find_devices, run_jobs
-    from imlbench.runner.progress import make_display
+    from imlbench.runner.calls import describe
+    from imlbench.runner.pool import Pool
 
-    if not plan.jobs:
-        reasons = "; ".join(map(str, plan.skips))
-        raise UserError(f"run: there must be at least one job; all pairs are skipped: {reasons}.")
-    store = Store(Path(path))
-    store.prepare()
-    devices = find_devices(device)
-    sources = Sources(Path(data_dir).resolve() if data_dir else None, offline)
-    plan = identify_data(plan, registry, sources)
-    tracker = Tracker(store, with_tensors=log_tensors)
-    outcomes: list[Outcome] = []
-    was_interrupted = False
-    try:
-        with make_display(len(plan.jobs), progress) as display:
-            for outcome in run_jobs(
-                plan,
-                store,
-                sources=sources,
-                devices=devices,
-                display=display,
-                time_limit=time_limit,
-                force=force,
-            ):
-                outcomes.append(outcome)
-                if not outcome.reused:
-                    tracker.export([store.folder(outcome.job.id)])
-    except KeyboardInterrupt:
-        was_interrupted = True
-    tracker.export(list(store))
-    found = {job.id: store.folder(job.id).read() for job in plan.jobs}
-    shown = entries(
-        [record for record in found.values() if record is not None],
-        {job.id: job.draw for job in plan.jobs},
-    )
-    published = read_file(config).published if config else None
-    return Finished(
-        Results(shown, store, published), plan, tuple(outcomes), tracker.problem, was_interrupted
-    )
+    with Pool() as pool:
+        return describe(pool, name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from imlbench.api import Examples, FitContext
+from imlbench.api.model import Stateful
 from imlbench.errors import Diverged
 
 MIN_STEPS_PER_EPOCH = 50
@@ -52,6 +54,18 @@ class OneCycleAdam:
         self._optimizer.step()
         self._schedule.step()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of Adam and of its schedule."""
+        return {
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state of an optimiser of the same parameters."""
+        self._optimizer.load_state_dict(state_dict["optimizer"])
+        self._schedule.load_state_dict(state_dict["schedule"])
+
 
 def train_epochs(
     step: Callable[[Tensor], Mapping[str, Tensor]],
@@ -61,10 +75,12 @@ def train_epochs(
     batch_size: int,
     context: FitContext,
     stage: str,
+    parts: Sequence[Stateful | torch.Generator] = (),
     after_epoch: Callable[[int, int, Mapping[str, float]], None] | None = None,
 ) -> None:
     """Call ``step`` with shuffled batches, and report the mean of its values for every epoch.
 
+    An interrupted fit goes on after the last epoch that was kept, if its ``parts`` are named.
     The values stay on the device until the epoch ends: no step waits for the host. The batch size
     and the number of steps that were used are recorded.
 
@@ -77,6 +93,8 @@ def train_epochs(
         batch_size: Examples per step; see :func:`batch_size_for`.
         context: Given to :meth:`Model.fit`.
         stage: The name under which progress is reported.
+        parts: What ``step`` and ``after_epoch`` change, such as the model and its optimiser; see
+            :meth:`imlbench.FitContext.steps`.
         after_epoch: Called with the epoch, the number of epochs, and the values reported.
 
     Raises:
@@ -85,7 +103,7 @@ def train_epochs(
     size = batch_size_for(len(data), batch_size)
     context.record(batch_size=size, n_steps=n_steps_for(len(data), batch_size, n_epochs))
     generator = context.generator(f"{stage} shuffle")
-    for epoch in range(1, n_epochs + 1):
+    for epoch in context.steps(stage, n_epochs, *parts):
         batches = (rows for rows in data.shuffled(size, generator) if len(rows) == size)
         try:
             means = _means(map(step, batches))

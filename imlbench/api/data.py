@@ -48,7 +48,8 @@ class Examples:
         labels: Mapping[str, Tensor] | None = None,
         groups: Tensor | None = None,
     ) -> None:
-        self.stored, self.scale, self.offset, self.lengths = stored, scale, offset, lengths
+        self._stored, self._is_shared = stored, False
+        self.scale, self.offset, self.lengths = scale, offset, lengths
         self.labels: Mapping[str, Tensor] = labels or {}
         if groups is None and lengths is not None:
             groups = torch.repeat_interleave(torch.tensor(lengths))
@@ -64,22 +65,47 @@ class Examples:
                     f"got shape {tuple(values.shape)}. Check lengths and labels."
                 )
 
+    @property
+    def stored(self) -> Tensor:
+        """The stored values."""
+        if self._is_shared:
+            self._stored, self._is_shared = self._stored.clone(), False
+        return self._stored
+
     def __len__(self) -> int:
-        return len(self.stored)
+        return len(self._stored)
 
     def __getitem__(self, index: Index) -> Tensor:
-        return self.stored[index].to(torch.float32).mul(self.scale).add_(self.offset)
+        return self._stored[index].to(torch.float32).mul(self.scale).add_(self.offset)
 
     def to(self, device: torch.device) -> Examples:
         """Return the same examples with their storage and labels on ``device``."""
-        return Examples(
-            self.stored.to(device),
+        moved = Examples(
+            self._stored.to(device),
             scale=self.scale,
             offset=self.offset,
             lengths=self.lengths,
             labels={name: label.to(device) for name, label in self.labels.items()},
             groups=self.groups,
         )
+        moved._is_shared = self._is_shared and moved._stored is self._stored
+        return moved
+
+    def fresh(self) -> Examples:
+        """Return the same examples, for somebody who may write into them: these stay as they are.
+
+        The storage is copied when it is asked for; reading examples needs no copy.
+        """
+        copy = Examples(
+            self._stored,
+            scale=self.scale,
+            offset=self.offset,
+            lengths=self.lengths,
+            labels={name: label.clone() for name, label in self.labels.items()},
+            groups=None if self.groups is None else self.groups.clone(),
+        )
+        copy._is_shared = True
+        return copy
 
     def shuffled(self, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
         """Yield the numbers of all examples once, in random order, in batches.
@@ -94,7 +120,7 @@ class Examples:
             int64 tensors of shape (B,), on the device of the storage.
         """
         order = torch.randperm(len(self), generator=generator, device=generator.device)
-        yield from order.to(self.stored.device).split(batch_size)
+        yield from order.to(self._stored.device).split(batch_size)
 
     def batches(
         self, batch_size: int, generator: torch.Generator | None = None
@@ -116,10 +142,10 @@ class Examples:
 
     def digest(self) -> str:
         """Return the SHA-256 of the content: storage, scale, offset, lengths, labels, groups."""
-        header = f"{tuple(self.stored.shape)} {self.stored.dtype} {self.scale} {self.offset}"
+        header = f"{tuple(self._stored.shape)} {self._stored.dtype} {self.scale} {self.offset}"
         content = hashlib.sha256(f"{header} {self.lengths} {sorted(self.labels)}".encode())
         named = [self.labels[name] for name in sorted(self.labels)]
-        for values in (self.stored, *named, *([] if self.groups is None else [self.groups])):
+        for values in (self._stored, *named, *([] if self.groups is None else [self.groups])):
             for part in values.split(4096):
                 content.update(part.contiguous().numpy().data)
         return content.hexdigest()
@@ -145,3 +171,8 @@ class Splits:
         if not self.fingerprint:
             digests = " ".join(part.digest() for part in (self.train, self.valid, self.test))
             self.fingerprint = hashlib.sha256(digests.encode()).hexdigest()[:16]
+
+    def fresh(self) -> Splits:
+        """Return the same data for somebody who may write into them; see :class:`Examples`."""
+        parts = (part.fresh() for part in (self.train, self.valid, self.test))
+        return Splits(*parts, self.fingerprint)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import JsonValue
@@ -15,6 +15,19 @@ from imlbench.api.data import Examples
 from imlbench.api.params import P, Parametrised
 from imlbench.api.randomness import make_generator
 from imlbench.api.space import KINDS, Kind, Space
+
+
+class Stateful(Protocol):
+    """What can say its state and take it back: a module, an optimiser, a learning-rate schedule.
+
+    A state is made of dictionaries, lists, tuples, tensors, numbers and strings.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that changes from step to step."""
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> object:
+        """Take a state back that an equal object, newly made, has returned."""
 
 
 class FitContext(ABC):
@@ -39,6 +52,28 @@ class FitContext(ABC):
             device: Where it lives; by default the job's device.
         """
         return make_generator(self.seed, purpose, device or self.device)
+
+    def steps(self, stage: str, n_steps: int, *parts: Stateful | torch.Generator) -> Iterable[int]:
+        """Count the steps of a loop, 1 to ``n_steps``, from where an interrupted fit was.
+
+        After every step the harness may keep the state of the parts. If the process ends, a later
+        fit of the same job puts it back into parts that were made anew, and counts on from there;
+        a loop that was finished is left out. The result is that of a fit without interruption.
+
+        Arguments:
+            stage: What is being fitted, as in :meth:`report`.
+            n_steps: How many there will be at most.
+            parts: Everything that the steps change or depend on and that they have changed:
+                modules, optimisers, schedules, counters. Generators of :meth:`generator` that
+                were made before the loop, the global random states, and what was reported and
+                recorded are kept without being named; generators of your own are not. Without any
+                parts, the loop always begins at 1.
+
+        Example:
+            >>> for epoch in context.steps("vae", 20, self, optimizer):  # doctest: +SKIP
+            ...     context.report("vae", epoch, 20, loss=train_one_epoch())
+        """
+        return range(1, n_steps + 1)
 
     @abstractmethod
     def report(self, stage: str, step: int, n_steps: int, **values: float) -> None:

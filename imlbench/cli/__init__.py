@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar, cast
 
 import click
 
-from imlbench.errors import UserError
+from imlbench.errors import UserError, brief, plain
 
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from imlbench.plan.jobs import Plan, Skip
-    from imlbench.plan.registry import Registry
+    from imlbench.plan.jobs import Plan, Skip, Variant
     from imlbench.records.folder import Store
     from imlbench.records.record import Record
     from imlbench.records.render import Format
     from imlbench.records.tracking import Tracker
+    from imlbench.session import Executor, Finished, Options, Session
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
@@ -42,24 +44,71 @@ class Selection(TypedDict):
     config: Path | None
 
 
+class Execution(TypedDict):
+    """What the options say of how and where jobs are run."""
+
+    data_dir: Path | None
+    offline: bool
+    device: str
+    workers: int | None
+    executor: Executor
+    ray_address: str | None
+    slurm: tuple[str, ...]
+    time_limit: float | None
+    checkpoint_every: float
+    log_tensors: bool
+
+
+class RunOptions(Selection, Execution):
+    """All options of ``run``."""
+
+
 class _Group(click.Group):
     """Turns the user's mistakes into messages and exit status 2."""
 
     def invoke(self, ctx: click.Context) -> object:
+        for unasked in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: jobs are stopped and recorded
+            signal.signal(unasked, signal.default_int_handler)
         try:
-            result: object = super().invoke(ctx)
+            return super().invoke(ctx)
         except UserError as error:
             for message in error.messages:
-                click.secho(f"error: {message}", err=True, fg="red")
+                click.secho(f"error: {plain(message)}", err=True, fg="red")
             ctx.exit(2)
-        return result
+        except KeyboardInterrupt:
+            ctx.exit(130)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except BrokenPipeError:  # whoever read the output has closed it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(1)
+        except Exception as error:
+            _save_traceback(error)
+            ctx.exit(3)
+
+
+def _save_traceback(error: Exception) -> None:
+    """Say what nobody has foreseen in a line, and keep the rest in a file."""
+    import tempfile
+    import traceback
+
+    place = "nowhere, as no file could be written"
+    with contextlib.suppress(OSError):
+        handle, place = tempfile.mkstemp(prefix="imlbench-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            traceback.print_exception(error, file=file)
+    message = (
+        f"error: unexpected {brief(error, 300)}. The traceback is in {place}; please report it."
+    )
+    with contextlib.suppress(OSError):
+        click.secho(message, err=True, fg="red")
 
 
 def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in (value or "").split(",") if name.strip())
 
 
-def _options(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
+def _options_of(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
     def decorate(command: _Command) -> _Command:
         for option in reversed(options):
             command = option(command)
@@ -80,7 +129,50 @@ _results = click.option(
     show_default=True,
     help="Folder for everything that is written.",
 )
-_plan_options = _options(
+_settings = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="[PLUGIN.]PARAM=VALUE[,…]",
+    help="A parameter of any plugin; several values make a grid. Repeatable.",
+)
+_run_options = _options_of(
+    click.option("--data-dir", type=click.Path(path_type=Path), help="Look for data here first."),
+    click.option("--offline", is_flag=True, help="Never touch the network."),
+    click.option(
+        "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0, cuda:0,cuda:1"
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(1, 10_000),
+        help="Jobs at a time, spread over the devices.  [default: one for each device]",
+    ),
+    click.option(
+        "--executor",
+        type=click.Choice(["local", "ray", "slurm"]),
+        default="local",
+        show_default=True,
+        help="Where jobs are run; see docs/clusters.md.",
+    ),
+    click.option("--ray-address", metavar="ADDRESS", help="Join this Ray cluster."),
+    click.option(
+        "--slurm", multiple=True, metavar="KEY=VALUE", help="What to ask Slurm for. Repeatable."
+    ),
+    click.option(
+        "--time-limit",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Seconds allowed per job; suspension and imports do not count.",
+    ),
+    click.option(
+        "--checkpoint-every",
+        type=click.FloatRange(min=0),
+        default=60.0,
+        show_default=True,
+        help="Seconds between two checkpoints within a fit.",
+    ),
+    click.option("--log-tensors", is_flag=True, help="Log checkpoints and samples to MLflow, too."),
+)
+_plan_options = _options_of(
     click.argument("benchmark", required=False),
     click.option("--models", callback=_names, help="Names, families or globs: iml,vae,reference-*"),
     click.option("--datasets", callback=_names, help="Names or globs: digits,mnist"),
@@ -88,13 +180,7 @@ _plan_options = _options(
     click.option("--seeds", help="One job each: 0..2 or 0,1,2.  [default: 0]"),
     click.option("--n-samples", type=int, help="Samples per draw.  [default: 1000]"),
     click.option("--n-draws", type=int, help="Independent draws.  [default: 5]"),
-    click.option(
-        "--set",
-        "settings",
-        multiple=True,
-        metavar="[PLUGIN.]PARAM=VALUE[,…]",
-        help="A parameter of any plugin; several values make a grid. Repeatable.",
-    ),
+    _settings,
     click.option("--epochs", help="Short for --set epochs=…"),
     _config,
 )
@@ -114,81 +200,89 @@ def main() -> None:
 @main.command()
 @_plan_options
 @_results
-@click.option("--data-dir", type=click.Path(path_type=Path), help="Look for data here first.")
-@click.option("--offline", is_flag=True, help="Never touch the network.")
-@click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0, cuda:0,cuda:1"
-)
-@click.option(
-    "--time-limit", type=click.FloatRange(min=0, min_open=True), help="Seconds allowed per job."
-)
+@_run_options
 @click.option("--force", is_flag=True, help="Run finished jobs again.")
-@click.option("--log-tensors", is_flag=True, help="Log checkpoints and samples to MLflow, too.")
+@click.option("--retry-failed", is_flag=True, help="Run again what did not end well.")
 @click.option("--dry-run", is_flag=True, help="Print the jobs and stop.")
 def run(
     results: Path,
-    data_dir: Path | None,
-    offline: bool,
-    device: str,
-    time_limit: float | None,
     force: bool,
-    log_tensors: bool,
+    retry_failed: bool,
     dry_run: bool,
-    **selection: Unpack[Selection],
+    **given: Unpack[RunOptions],
 ) -> None:
     """Run models on datasets, and print the leaderboard.
 
     Every chosen model is run on every chosen dataset. Finished jobs are reused; an interrupted run
     goes on where it stopped. BENCHMARK is a name from benchmarks.toml; options add to it and win
-    over it.
+    over it. With --retry-failed, the jobs of the results folder that did not end well are run
+    again, by today's code: all of them, or those of the models and datasets that are named.
     """
-    plan, registry = _make_plan(**selection)
-    if dry_run:
-        _print_plan(plan)
-        return
-    from imlbench.session import execute
+    from imlbench.session import Session
 
-    for unasked in (signal.SIGTERM, signal.SIGHUP):  # as on Ctrl-C, jobs are stopped and recorded
-        signal.signal(unasked, signal.default_int_handler)
-    _print_skips(plan.skips)
-    finished = execute(
-        plan,
-        registry,
-        path=results,
-        config=_find_config(selection["config"]),
-        data_dir=data_dir,
-        offline=offline,
-        device=device,
-        time_limit=time_limit,
-        force=force,
-        log_tensors=log_tensors,
+    selection, options = _split(given, results, force)
+    with Session(options) as session:
+        plan = (_plan_failed if retry_failed else _make_plan)(session, selection)
+        if dry_run:
+            _print_plan(plan)
+            return
+        _print_skips(plan.skips)
+        finished = session.execute(plan)
+    _report(finished)
+
+
+@main.command()
+@_results
+@click.option("--models", callback=_names, help="Only these: names, families or globs.")
+@click.option("--datasets", callback=_names, help="Only these: names or globs.")
+@click.option("--metrics", callback=_names, help="Names or globs.  [default: all that apply]")
+@_settings
+@_run_options
+def score(
+    results: Path,
+    models: tuple[str, ...],
+    datasets: tuple[str, ...],
+    metrics: tuple[str, ...],
+    settings: tuple[str, ...],
+    **given: Unpack[Execution],
+) -> None:
+    """Compute metrics of finished jobs, from their checkpoints and samples.
+
+    Nothing is fitted again, whatever has become of the models' code.
+    """
+    from imlbench.plan.config import make_benchmark
+    from imlbench.session import Session
+
+    chosen = make_benchmark(
+        None, None, models=["*"], datasets=["*"], metrics=metrics, settings=settings
     )
-    n_jobs, n_done = len(finished.plan.jobs), finished.n_done
-    _warn([finished.problem] if finished.problem else [])
-    if finished.was_interrupted:
-        _warn([f"interrupted: {n_done} of {n_jobs} jobs are done; run again to go on."])
-        sys.exit(130)
-    computed = {score.label for record in finished.results for score in record.scores}
-    asked = [task.label for task in plan.metrics if task.label in computed]
-    if asked:
-        click.echo(finished.results.leaderboard(metrics=asked).render(width=_width()))
-    _warn(
-        f"job {record.id}: artifact {shown.label} failed: {shown.error}"
-        for record in finished.results
-        for shown in record.artifacts
-        if shown.error
-    )
-    if n_done < n_jobs:
-        _warn([f"{n_jobs - n_done} of {n_jobs} jobs have no result; see the lines above."])
-    if n_done < n_jobs or any(skip.is_failure for skip in plan.skips):
-        sys.exit(1)
+    with Session(_options(given, results)) as session:
+        session.store.claim()
+        records = _choose("score", session.store, (), models, datasets, ())
+        fitted = [record for record in records if record.fit is not None and record.draws]
+        plan = session.plan_again(chosen, fitted, as_fitted=True)
+        _print_skips(plan.skips)
+        finished = session.execute(plan, is_fitted=True)
+    _report(finished)
+
+
+@main.command()
+@_results
+def status(results: Path) -> None:
+    """Tell what is done, running, failed and waiting."""
+    from imlbench.records.status import describe
+
+    click.echo(describe(_open_store(results)))
 
 
 @main.command()
 @_plan_options
 def plan(**selection: Unpack[Selection]) -> None:
     """Print what `run` would run."""
-    _print_plan(_make_plan(**selection)[0])
+    from imlbench.session import Options, Session
+
+    with Session(Options()) as session:
+        _print_plan(_make_plan(session, selection))
 
 
 @main.command()
@@ -221,6 +315,10 @@ def leaderboard(
     from imlbench.session import results as read_results
 
     found = read_results(results, tracking=tracking, config=config)
+    _warn(
+        f"job {name}: its record.json is damaged; run it again to have it computed anew"
+        for name in found.damaged
+    )
     tables = found.leaderboard(models=models, datasets=datasets, metrics=metrics, sort=sort)
     click.echo(tables.render(format_, width=_width()))
 
@@ -247,7 +345,9 @@ def rm(
     from imlbench.records.removal import remove_jobs
 
     store, tracker = _open(results)
-    chosen = _choose(store, jobs, models, datasets, status)
+    if not (jobs or models or datasets or status):
+        raise UserError("rm: jobs must be named, by JOBS, --models, --datasets or --status.")
+    chosen = _choose("rm", store, jobs, models, datasets, status)
     for record in chosen:
         click.echo(f"{record.id}: {record.status}")
     if chosen and not yes:
@@ -279,22 +379,12 @@ def collect(results: Path) -> None:
 @click.argument("name", required=False)
 def plugins(name: str | None) -> None:
     """List all plugins, or tell all about NAME."""
-    registry = _load_registry(quiet=True)
-    from imlbench.plan.describe import describe_all, describe_one
+    from imlbench.session import describe_plugins
 
-    click.echo(describe_one(registry, name) if name else describe_all(registry))
-
-
-def _load_registry(quiet: bool = False) -> Registry:
-    from imlbench.plan.registry import Registry
-
-    registry = Registry()
-    if not quiet:
-        _warn(f"plugin {p.name} was left out: {p.error}" for p in registry.broken)
-    return registry
+    click.echo(describe_plugins(name))
 
 
-def _make_plan(**selection: Unpack[Selection]) -> tuple[Plan, Registry]:
+def _make_plan(session: Session, selection: Selection) -> Plan:
     from imlbench.plan.config import make_benchmark
 
     epochs = selection["epochs"]
@@ -309,10 +399,73 @@ def _make_plan(**selection: Unpack[Selection]) -> tuple[Plan, Registry]:
         n_draws=selection["n_draws"],
         settings=(*selection["settings"], *([f"epochs={epochs}"] if epochs else [])),
     )
-    from imlbench.plan.planning import make_plan
+    plan = session.plan(chosen)
+    _warn_broken(session)
+    return plan
 
-    registry = _load_registry()
-    return make_plan(chosen, registry), registry
+
+def _plan_failed(session: Session, selection: Selection) -> Plan:
+    """Plan what has failed: of the selection, or of the whole results folder."""
+    from imlbench.plan.config import make_benchmark
+    from imlbench.records.record import Status
+
+    session.store.claim()
+    patterns = selection["models"] or ("*",), selection["datasets"] or ("*",)
+    chosen = make_benchmark(None, None, models=["*"], datasets=["*"], metrics=selection["metrics"])
+    records = _choose("run --retry-failed", session.store, (), *patterns, ())
+    failed = [record for record in records if record.status is not Status.DONE]
+    if not failed:
+        raise UserError("run --retry-failed: there must be a job that failed; all are done.")
+    plan = session.plan_again(chosen, failed, as_fitted=False)
+    _warn_broken(session)
+    return plan
+
+
+def _warn_broken(session: Session) -> None:
+    _warn(f"plugin {name} was left out: {error}" for name, error in session.broken.items())
+
+
+def _report(finished: Finished) -> None:
+    """Print the leaderboard of a run and what else there is to say, and end with its status."""
+    n_jobs, n_done = len(finished.plan.jobs), finished.n_done
+    _warn(finished.problems)
+    if finished.was_interrupted:
+        _warn([f"interrupted: {n_done} of {n_jobs} jobs are done; run again to go on."])
+        sys.exit(130)
+    computed = {score.label for record in finished.results for score in record.scores}
+    asked = [task.label for task in finished.plan.metrics if task.label in computed]
+    if asked:
+        click.echo(finished.results.leaderboard(metrics=asked).render(width=_width()))
+    _warn(
+        f"job {record.id}: artifact {shown.label} failed: {shown.error}"
+        for record in finished.results
+        for shown in record.artifacts
+        if shown.error
+    )
+    if n_done < n_jobs:
+        _warn([f"{n_jobs - n_done} of {n_jobs} jobs have no result; see the lines above."])
+    if n_done < n_jobs or any(skip.is_failure for skip in finished.plan.skips):
+        sys.exit(1)
+
+
+def _split(given: RunOptions, results: Path, force: bool) -> tuple[Selection, Options]:
+    """Return what to run, and how."""
+    names = Selection.__annotations__
+    selection = {name: value for name, value in given.items() if name in names}
+    execution = {name: value for name, value in given.items() if name not in names}
+    options = _options(cast("Execution", execution), results, force, given["config"])
+    return cast("Selection", selection), options
+
+
+def _options(
+    given: Execution, results: Path, force: bool = False, config: Path | None = None
+) -> Options:
+    from imlbench.session import Options
+
+    slurm = dict(pair.partition("=")[::2] for pair in given["slurm"])
+    if "" in slurm.values() or "" in slurm:
+        raise UserError("--slurm: must be KEY=VALUE, such as timeout_min=60. See docs/clusters.md.")
+    return Options(path=results, config=config, force=force, **{**given, "slurm": slurm})
 
 
 def _find_config(config: Path | None) -> Path | None:
@@ -321,16 +474,23 @@ def _find_config(config: Path | None) -> Path | None:
     return find_file(config)
 
 
-def _open(results: Path) -> tuple[Store, Tracker]:
+def _open_store(results: Path) -> Store:
     from imlbench.records.folder import Store
-    from imlbench.records.tracking import Tracker
 
     store = Store(results)
     store.claim()
+    return store
+
+
+def _open(results: Path) -> tuple[Store, Tracker]:
+    from imlbench.records.tracking import Tracker
+
+    store = _open_store(results)
     return store, Tracker(store)
 
 
 def _choose(
+    command: str,
     store: Store,
     jobs: tuple[str, ...],
     models: tuple[str, ...],
@@ -340,14 +500,12 @@ def _choose(
     """Return the records that all of the given options name.
 
     Raises:
-        UserError: None is given, or one names nothing.
+        UserError: One names nothing.
     """
     from fnmatch import fnmatchcase
 
     from imlbench.errors import unknown
 
-    if not (jobs or models or datasets or status):
-        raise UserError("rm: jobs must be named, by JOBS, --models, --datasets or --status.")
     records = [record for folder in store if (record := folder.read()) is not None]
     chosen = records
     for what, patterns, values in (
@@ -358,7 +516,7 @@ def _choose(
     ):
         missing = [p for p in patterns if not any(fnmatchcase(value, p) for value in values)]
         if missing:
-            raise UserError(*(f"rm: {unknown(what, p, set(values))}" for p in missing))
+            raise UserError(*(f"{command}: {unknown(what, p, set(values))}" for p in missing))
         of = {record.id: value for record, value in zip(records, values, strict=True)}
         chosen = [
             record
@@ -369,14 +527,41 @@ def _choose(
 
 
 def _print_plan(plan: Plan) -> None:
+    """Print the jobs by model and dataset: what they have in common once, then what varies."""
+    from itertools import groupby
+
     from imlbench.plan.settings import assignments
 
-    for job in plan.jobs:
-        text = ", ".join(assignments({**job.dataset_params, **job.model_params}))
-        click.echo(f"{job}:")
+    def pair(variant: Variant) -> tuple[str, str]:
+        return variant.job.model, variant.job.dataset
+
+    for (model, dataset), group in groupby(plan.variants, key=pair):
+        variants = list(group)
+        n_jobs = sum(len(variant.seeds) for variant in variants)
+        first = variants[0].job
+        params = {**first.dataset_params, **first.model_params}
+        common = assignments({n: v for n, v in params.items() if n not in first.varying})
+        click.echo(f"{model} on {dataset}: {_count(n_jobs, 'job')}")
+        text = ", ".join(common)
         click.echo(textwrap.fill(text, 80, initial_indent="    ", subsequent_indent="    "))
+        for variant in variants[:_MOST_LINES] if n_jobs > 1 else ():
+            varying = ", ".join([*assignments(variant.job.varying), _seeds(variant.seeds)])
+            click.echo(f"  - {varying}")
+        if len(variants) > _MOST_LINES:
+            click.echo(f"  … and {len(variants) - _MOST_LINES} more such combinations")
     _print_skips(plan.skips)
-    click.echo(f"{_count(len(plan.jobs), 'job')}, {_count(len(plan.skips), 'pair')} skipped.")
+    click.echo(f"{_count(len(plan), 'job')}, {_count(len(plan.skips), 'pair')} skipped.")
+
+
+_MOST_LINES = 20
+
+
+def _seeds(seeds: tuple[int, ...]) -> str:
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    if seeds == tuple(range(seeds[0], seeds[-1] + 1)):
+        return f"seeds {seeds[0]}..{seeds[-1]}"
+    return f"seeds {', '.join(map(str, seeds))}"
 
 
 def _count(n: int, noun: str) -> str:

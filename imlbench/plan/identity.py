@@ -63,6 +63,25 @@ def forget() -> None:
     """Look at the files anew: they may have changed since the last plan of this process."""
     for function in (code_of, closure, _tree, _syntax, _source_roots, _place):
         function.cache_clear()
+    _STAMPS.clear()
+
+
+def refresh() -> None:
+    """Look at the files anew if one of them is another than when it was looked at."""
+    if any(_stamp(file) != stamp for file, stamp in _STAMPS.items()):
+        forget()
+
+
+_STAMPS: dict[Path, tuple[int, int]] = {}
+"""Times of modification and sizes of the files that were looked at."""
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    try:
+        found = file.stat()
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
 
 
 def is_within(module: str, home: str) -> bool:
@@ -215,6 +234,7 @@ def _package_of(file: Path, roots: Roots) -> str:
 @functools.cache
 def _tree(file: Path) -> ast.Module:
     """Return a file's syntax tree; of one that cannot be parsed, its bytes stand for it."""
+    _STAMPS[file] = _stamp(file)
     content = file.read_bytes()
     try:
         return ast.parse(content)

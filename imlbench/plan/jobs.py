@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from imlbench.api.space import Space
@@ -46,7 +48,7 @@ class Job:
         shipped_by: The distributions of the model and of the dataset, with their versions.
         changed: The parameters that are not at their default.
         varying: The parameters that tell this job from others of its plan.
-        fingerprint: Hash of the data; empty until :func:`identify_data` has read them.
+        fingerprint: Hash of the data; empty until they have been read.
     """
 
     model: str
@@ -84,6 +86,11 @@ class Job:
     def id(self) -> str:
         """The name of the job's folder: readable, and unique to the fit."""
         return f"{self.dataset}-{self.model}-{self.fit_key[:12]}"
+
+    @property
+    def data(self) -> str:
+        """What identifies the data, before they are read."""
+        return json.dumps([self.dataset, self.dataset_params], sort_keys=True)
 
     def __str__(self) -> str:
         return ", ".join([f"{self.model} on {self.dataset}", *assignments(self.varying)]) + (
@@ -147,11 +154,57 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """Jobs that differ in nothing but the seed.
+
+    Arguments:
+        job: The job of the first seed.
+        seeds: All seeds.
+    """
+
+    job: Job
+    seeds: tuple[int, ...]
+
+    @property
+    def jobs(self) -> Iterator[Job]:
+        """The jobs, one for each seed."""
+        return (replace(self.job, seed=seed) for seed in self.seeds)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The jobs of a benchmark, what is computed for each, and the pairs that are skipped."""
+    """What is to run, what is computed for each job, and the pairs that are skipped.
+
+    Arguments:
+        benchmark: The name of the benchmark; empty for one from the command line.
+        variants: The jobs; while nobody looks at them, ten thousand seeds take no room.
+        skips: The pairs that are not run.
+        metrics: What is computed for each job.
+        artifacts: What is drawn and written for each job.
+    """
 
     benchmark: str
-    jobs: tuple[Job, ...]
+    variants: tuple[Variant, ...]
     skips: tuple[Skip, ...]
     metrics: tuple[Task, ...]
     artifacts: tuple[Task, ...]
+
+    def __len__(self) -> int:
+        return sum(len(variant.seeds) for variant in self.variants)
+
+    @cached_property
+    def jobs(self) -> tuple[Job, ...]:
+        """All jobs, each once."""
+        return tuple({job.id: job for v in self.variants for job in v.jobs}.values())
+
+    @property
+    def data(self) -> dict[str, Job]:
+        """The data that the jobs need: one job of each, by what identifies them."""
+        return {variant.job.data: variant.job for variant in reversed(self.variants)}
+
+    def with_fingerprints(self, found: Mapping[str, str]) -> Plan:
+        """Return the plan with the hashes of its data, by what identifies them."""
+        variants = tuple(
+            replace(v, job=replace(v.job, fingerprint=found[v.job.data])) for v in self.variants
+        )
+        return replace(self, variants=variants)

@@ -4,58 +4,80 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ValidationError
 
 from imlbench.api import (
+    KINDS,
     AnyArtifact,
     AnyDataset,
     AnyMetric,
     AnyModel,
     Artifact,
+    Examples,
     Metric,
     Sources,
     Space,
+    Splits,
 )
 from imlbench.api.params import Params
-from imlbench.errors import DataError, ParameterError, UserError, unknown
+from imlbench.errors import ANYTHING, DataError, ParameterError, UserError, brief, unknown
 from imlbench.plan.config import Benchmark, Setting, constraint
-from imlbench.plan.identity import code_of, digest, forget
-from imlbench.plan.jobs import Codes, Job, Plan, Skip, Task
+from imlbench.plan.identity import code_of, digest, refresh
+from imlbench.plan.jobs import Codes, Job, Plan, Skip, Task, Variant
 from imlbench.plan.registry import PluginClass, Registry, family_of
 from imlbench.plan.settings import Settings
+
+MOST_JOBS = 1_000_000
+
+if TYPE_CHECKING:
+    from imlbench.records.record import Record
 
 _C = TypeVar("_C", bound=PluginClass)
 
 
-def make_plan(benchmark: Benchmark, registry: Registry) -> Plan:
+def make_plan(
+    benchmark: Benchmark,
+    registry: Registry,
+    *,
+    announce: Callable[[str], None] = lambda step: None,
+    barred: Mapping[str, str] = MappingProxyType({}),
+) -> Plan:
     """Expand a benchmark into jobs, without reading any data.
+
+    Arguments:
+        benchmark: What to run.
+        registry: Where its plugins are.
+        announce: Called with each step, before a plugin's code is called.
+        barred: Steps that must not be taken, and why: those that ended an earlier process.
 
     Raises:
         UserError: Unknown names, unknown parameters, values out of range: all of them at once.
     """
-    forget()
+    refresh()
     models, datasets, metrics = _select_all(benchmark, registry)
     artifacts = list(registry.artifacts.values())
     errors = _unused_settings(
         benchmark.settings, [*models, *datasets, *metrics, *artifacts], registry
     )
-    planner = _Planner(benchmark, registry, errors)
+    planner = _Planner(benchmark, registry, errors, announce, barred)
     for dataset_cls in datasets:
         for dataset_params in planner.combinations(dataset_cls):
             planner.add_jobs(models, dataset_cls, dataset_params)
     tasks = [planner.tasks(classes) for classes in (metrics, artifacts)]
     if errors:
         raise UserError(*dict.fromkeys(errors))
-    jobs = tuple({(job.id, _data_key(job)): job for job in planner.jobs}.values())
+    jobs = {(job.id, job.data): job for job in planner.jobs}
     return Plan(
         benchmark.name,
-        _with_varying(jobs),
+        tuple(Variant(job, benchmark.seeds) for job in _with_varying(list(jobs.values()))),
         tuple(dict.fromkeys(planner.skips)),
         tuple(sorted(tasks[0], key=lambda task: registry.metrics[task.name].position)),
         tuple(tasks[1]),
@@ -65,14 +87,42 @@ def make_plan(benchmark: Benchmark, registry: Registry) -> Plan:
 class _Planner:
     """Collects jobs, skipped pairs and errors."""
 
-    def __init__(self, benchmark: Benchmark, registry: Registry, errors: list[str]) -> None:
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        registry: Registry,
+        errors: list[str],
+        announce: Callable[[str], None],
+        barred: Mapping[str, str],
+    ) -> None:
         self._benchmark, self._registry, self._errors = benchmark, registry, errors
+        self._announce, self._barred = announce, barred
+        self._usual: dict[tuple[type, Space], Settings] = {}
+        self._n_jobs = 0
         self.jobs: list[Job] = []
         self.skips: list[Skip] = []
 
+    def _enter(self, step: str) -> None:
+        """Say what comes, or refuse what has ended another process."""
+        if step in self._barred:
+            raise RuntimeError(self._barred[step])
+        self._announce(step)
+
     def combinations(self, cls: PluginClass) -> Iterator[Params]:
-        """Yield every combination of a class's parameters; note what is invalid."""
+        """Yield every combination of a class's parameters; note what is invalid.
+
+        Raises:
+            UserError: There are too many.
+        """
         mine = self._settings_of(cls)
+        n_seeds = len(self._benchmark.seeds)
+        self._n_jobs += n_seeds * math.prod(len(setting.values) for setting in mine.values())
+        if self._n_jobs > MOST_JOBS:
+            raise UserError(
+                f"run: there must be at most {MOST_JOBS:,} jobs; {cls.name} alone has "
+                f"{self._n_jobs // n_seeds:,} combinations of parameters, for {n_seeds:,} seeds. "
+                "Try fewer values at a time."
+            )
         for values in itertools.product(*(setting.values for setting in mine.values())):
             try:
                 yield cls.params_type.model_validate(dict(zip(mine, values, strict=True)))
@@ -81,10 +131,11 @@ class _Planner:
                     name = str(problem["loc"][0]) if problem["loc"] else ""
                     origin = mine[name].origin if name in mine else cls.name
                     self._errors.append(f"{origin}: {cls.name}.{name} {constraint(problem)}")
-            except Exception as error:  # a plugin's own check can raise anything
+            except ANYTHING as error:  # a plugin's own check can raise anything
                 where = ", ".join(setting.origin for setting in mine.values()) or cls.name
-                reason = f"{type(error).__name__}: {error}"
-                self._errors.append(f"{where}: {cls.name} cannot take its parameters ({reason}).")
+                self._errors.append(
+                    f"{where}: {cls.name} cannot take its parameters ({brief(error)})."
+                )
 
     def _settings_of(self, cls: PluginClass) -> dict[str, Setting]:
         return {
@@ -101,11 +152,11 @@ class _Planner:
     ) -> None:
         """Add the jobs of all models on one variant of a dataset."""
         try:
+            self._enter(f"space of {dataset_cls.name}")
             space = dataset_cls(dataset_params).space
-            if not isinstance(space, Space):
-                raise TypeError(f"it must be a Space; got {space!r}")
-        except Exception as error:  # a plugin can raise anything, and may stop nobody else
-            reason = f"its space cannot be had ({type(error).__name__}: {error})"
+            _check_space(space)
+        except ANYTHING as error:  # a plugin can raise anything, and may stop nobody else
+            reason = f"its space cannot be had ({brief(error)})"
             self.skips += [Skip(cls.name, dataset_cls.name, reason, True) for cls in models]
             return
         for model_cls in models:
@@ -126,41 +177,61 @@ class _Planner:
         space: Space,
     ) -> None:
         try:
-            resolved: Params = model_cls.resolve(params, space)
-            if not isinstance(resolved, model_cls.params_type):
-                raise TypeError(f"resolve must return parameters; got {resolved!r}")
-            resolved.settings()
+            resolved = self._resolve(model_cls, params, dataset_cls, space)
         except ParameterError as error:
             set_by = self._settings_of(model_cls).get(error.parameter)
             origin = set_by.origin if set_by else f"default of {model_cls.name}"
             self._errors.append(f"{origin}: {model_cls.name}.{error.parameter} {error.problem}")
             return
-        except Exception as error:  # a plugin can raise anything, and may stop nobody else
-            reason = f"its parameters cannot be resolved ({type(error).__name__}: {error})"
+        except ANYTHING as error:  # a plugin can raise anything, and may stop nobody else
+            reason = f"its parameters cannot be resolved ({brief(error)})"
             self.skips.append(Skip(model_cls.name, dataset_cls.name, reason, True))
             return
-        benchmark = self._benchmark
+        usual = self._usual_of(model_cls, space)
         changed = {
             **_changed(dataset_params, prefix=f"{dataset_cls.name}."),
-            **_changed(resolved, lambda usual: model_cls.resolve(usual, space)),
+            **{n: v for n, v in resolved.items() if n not in usual or usual[n] != v},
         }
-        self.jobs += [
+        self.jobs.append(
             Job(
                 model_cls.name,
                 model_cls.family,
                 dataset_cls.name,
-                resolved.settings(),
+                resolved,
                 dataset_params.settings(),
-                seed,
-                benchmark.n_samples,
-                benchmark.n_draws,
+                self._benchmark.seeds[0],
+                self._benchmark.n_samples,
+                self._benchmark.n_draws,
                 space,
-                _codes(model_cls, dataset_cls),
+                codes_of(model_cls, dataset_cls),
                 (self._registry.shipped_by(model_cls), self._registry.shipped_by(dataset_cls)),
                 changed,
             )
-            for seed in benchmark.seeds
-        ]
+        )
+
+    def _resolve(
+        self,
+        model_cls: type[AnyModel],
+        params: Params,
+        dataset_cls: type[AnyDataset],
+        space: Space,
+    ) -> Settings:
+        self._enter(f"parameters of {model_cls.name} on {dataset_cls.name}")
+        resolved: Params = model_cls.resolve(params, space)
+        if not isinstance(resolved, model_cls.params_type):
+            raise TypeError(f"resolve must return parameters; got {resolved!r}")
+        return resolved.settings()
+
+    def _usual_of(self, model_cls: type[AnyModel], space: Space) -> Settings:
+        """Return a model's parameters as they are by default; empty if there is no default."""
+        key = (model_cls, space)
+        if key not in self._usual:
+            try:
+                usual = model_cls.resolve(model_cls.params_type(), space).settings()
+            except ANYTHING:
+                usual = {}
+            self._usual[key] = usual
+        return self._usual[key]
 
     def tasks(self, classes: Sequence[type[AnyMetric]] | Sequence[type[AnyArtifact]]) -> list[Task]:
         """Return metrics or artifacts, with every combination of their parameters."""
@@ -178,16 +249,42 @@ class _Planner:
 
 
 def have_changed(
-    job: Job, metrics: Sequence[Task], artifacts: Sequence[Task], registry: Registry
+    job: Job,
+    metrics: Sequence[Task],
+    artifacts: Sequence[Task],
+    registry: Registry,
+    *,
+    is_fitted: bool = False,
 ) -> bool:
-    """Whether the code is not the one that a plan was made for, in a process that runs a job."""
+    """Whether the code is not the one that a plan was made for, in a process that runs a job.
+
+    Arguments:
+        job: The job.
+        metrics: The metrics to compute.
+        artifacts: The artifacts to write.
+        registry: Where the plugins are.
+        is_fitted: The job is not fitted again, whatever has become of the code of its model.
+    """
+    refresh()
     modules = [(task.code, registry.metrics[task.name].__module__) for task in metrics]
     modules += [(task.code, registry.artifacts[task.name].__module__) for task in artifacts]
-    codes = _codes(registry.models[job.model], registry.datasets[job.dataset])
-    return codes != job.codes or any(code_of(module) != code for code, module in modules)
+    now = codes_of(registry.models[job.model], registry.datasets[job.dataset])
+    expected = replace(now, score=job.codes.score) if is_fitted else job.codes
+    return now != expected or any(code_of(module) != code for code, module in modules)
 
 
-def _codes(model_cls: type[AnyModel], dataset_cls: type[AnyDataset]) -> Codes:
+def warm(registry: Registry) -> None:
+    """Look at the code of all plugins, so that processes that are forked need not."""
+    for cls in (*registry.models.values(), *registry.datasets.values()):
+        code_of(cls.__module__)
+    for cls in (*registry.metrics.values(), *registry.artifacts.values()):
+        code_of(cls.__module__)
+    for step in ("fitting", "drawing", "scoring"):
+        code_of(f"imlbench.runner.{step}")
+
+
+def codes_of(model_cls: type[AnyModel], dataset_cls: type[AnyDataset]) -> Codes:
+    """Return what identifies the code of a model on a dataset."""
     # Named, not imported: these modules load torch and are read here, not run.
     return Codes(
         fit=digest(code_of(model_cls.__module__), code_of("imlbench.runner.fitting")),
@@ -196,13 +293,11 @@ def _codes(model_cls: type[AnyModel], dataset_cls: type[AnyDataset]) -> Codes:
     )
 
 
-def _changed(
-    params: Params, resolve: Callable[[Params], Params] = lambda given: given, prefix: str = ""
-) -> Settings:
-    """Return the parameters that are not at their default, as ``resolve`` makes it."""
+def _changed(params: Params, prefix: str = "") -> Settings:
+    """Return the parameters that are not at their default."""
     try:
-        usual = resolve(type(params)()).settings()
-    except Exception:  # there is no default, or a plugin raises anything
+        usual = type(params)().settings()
+    except ANYTHING:  # there is no default, or a plugin raises anything
         usual = {}
     return {
         f"{prefix}{name}": value
@@ -213,6 +308,8 @@ def _changed(
 
 def _with_varying(jobs: Sequence[Job]) -> tuple[Job, ...]:
     """Enter into every job the parameters that tell it from others of its model and dataset."""
+    if len({(job.model, job.dataset) for job in jobs}) == len(jobs):
+        return tuple(jobs)
     seen: dict[tuple[str, str, str], set[str]] = defaultdict(set)
     everything = [
         {**{f"{job.dataset}.{n}": v for n, v in job.dataset_params.items()}, **job.model_params}
@@ -230,6 +327,80 @@ def _with_varying(jobs: Sequence[Job]) -> tuple[Job, ...]:
     )
 
 
+def plan_again(
+    records: Sequence[Record], benchmark: Benchmark, registry: Registry, as_fitted: bool
+) -> Plan:
+    """Plan jobs that are in a results folder.
+
+    Arguments:
+        records: Their records.
+        benchmark: What is computed for each of them.
+        registry: Where the plugins are.
+        as_fitted: Whether they are taken as they were fitted, or made anew by today's code.
+
+    Raises:
+        UserError: A metric or a parameter of one is unknown, or none of the plugins is there.
+    """
+    refresh()
+    metrics = registry.select_metrics(benchmark.metrics)
+    artifacts = [] if as_fitted else list(registry.artifacts.values())
+    errors = _unused_settings(benchmark.settings, [*metrics, *artifacts], registry)
+    planner = _Planner(benchmark, registry, errors, lambda step: None, {})
+    tasks = [planner.tasks(classes) for classes in (metrics, artifacts)]
+    variants, skips = [], []
+    for record in records:
+        try:
+            variants += [Variant(job, (job.seed,)) for job in _again(record, registry, as_fitted)]
+        except KeyError as error:
+            reason = f"plugin {error} is not installed"
+            skips.append(Skip(record.model, record.dataset, reason, True))
+        except ANYTHING as error:  # parameters of another version, or a plugin that raises anything
+            reason = f"it cannot be planned again ({brief(error)})"
+            skips.append(Skip(record.model, record.dataset, reason, True))
+    if errors:
+        raise UserError(*dict.fromkeys(errors))
+    jobs = zip(_with_varying([variant.job for variant in variants]), variants, strict=True)
+    return Plan(
+        benchmark.name,
+        tuple(Variant(job, variant.seeds) for job, variant in jobs),
+        tuple(skips),
+        tuple(sorted(tasks[0], key=lambda task: registry.metrics[task.name].position)),
+        tuple(tasks[1]),
+    )
+
+
+def _again(record: Record, registry: Registry, as_fitted: bool) -> Iterator[Job]:
+    """Yield the jobs of a record: one for each way in which samples were drawn."""
+    model_cls, dataset_cls = registry.models[record.model], registry.datasets[record.dataset]
+    dataset_params = dataset_cls.params_type.model_validate(record.dataset_params)
+    space = dataset_cls(dataset_params).space
+    codes = codes_of(model_cls, dataset_cls)
+    params = record.model_params
+    if not as_fitted:
+        given = model_cls.params_type.model_validate(params)
+        params = model_cls.resolve(given, space).settings()
+    for draw, drawn in record.draws.items() or [("5x1000", None)]:
+        n_draws, _, n_samples = draw.partition("x")
+        known = codes
+        if as_fitted:
+            known = replace(codes, fit=record.code, draw=drawn.code if drawn else codes.draw)
+        yield Job(
+            record.model,
+            record.family,
+            record.dataset,
+            params,
+            dataset_params.settings(),
+            record.seed,
+            int(n_samples),
+            int(n_draws),
+            space,
+            known,
+            (registry.shipped_by(model_cls), registry.shipped_by(dataset_cls)),
+            record.changed,
+            fingerprint=record.fingerprint if as_fitted else "",
+        )
+
+
 def identify_data(plan: Plan, registry: Registry, sources: Sources) -> Plan:
     """Read every dataset once and enter its fingerprint into its jobs.
 
@@ -239,29 +410,73 @@ def identify_data(plan: Plan, registry: Registry, sources: Sources) -> Plan:
     Raises:
         UserError: One message for every dataset that cannot be read.
     """
-    fingerprints: dict[str, str] = {}
+    found: dict[str, str] = {}
     errors: list[str] = []
-    for job in plan.jobs:
-        key = _data_key(job)
-        if key not in fingerprints:
-            cls = registry.datasets[job.dataset]
-            fingerprints[key] = ""
-            try:
-                dataset = cls(cls.params_type.model_validate(job.dataset_params))
-                fingerprints[key] = dataset.load(sources).fingerprint
-            except DataError as error:
-                errors += error.messages
-            except Exception as error:  # a plugin can raise anything
-                reason = f"{type(error).__name__}: {error}"
-                errors.append(f"dataset {job.dataset}: loading it failed with {reason}.")
+    for key, job in plan.data.items():
+        try:
+            found[key] = fingerprint(job, registry, sources)
+        except UserError as error:
+            errors += error.messages
     if errors:
         raise UserError(*errors)
-    jobs = (replace(job, fingerprint=fingerprints[_data_key(job)]) for job in plan.jobs)
-    return replace(plan, jobs=tuple({job.id: job for job in jobs}.values()))
+    return plan.with_fingerprints(found)
 
 
-def _data_key(job: Job) -> str:
-    return json.dumps([job.dataset, job.dataset_params], sort_keys=True)
+def fingerprint(job: Job, registry: Registry, sources: Sources) -> str:
+    """Read a job's data, check that they are what their dataset says, and return their hash.
+
+    Raises:
+        UserError: They cannot be read, or are something else.
+    """
+    cls = registry.datasets[job.dataset]
+    try:
+        splits = cls(cls.params_type.model_validate(job.dataset_params)).load(sources)
+        check_splits(splits, job.space)
+    except DataError:
+        raise
+    except ANYTHING as error:  # a plugin can raise anything
+        raise UserError(f"dataset {job.dataset}: loading it failed with {brief(error)}.") from error
+    return splits.fingerprint
+
+
+def check_splits(splits: Splits, space: Space) -> None:
+    """Refuse data that are not what their dataset says.
+
+    Raises:
+        TypeError: They are no splits of examples.
+        ValueError: Their shape, their values or their hash are others than the contract says.
+    """
+    if not isinstance(splits, Splits):
+        raise TypeError(f"load must return Splits; got {type(splits).__name__}")
+    if not (isinstance(splits.fingerprint, str) and splits.fingerprint):
+        raise ValueError(f"the fingerprint must be a text; got {splits.fingerprint!r}")
+    for name in ("train", "valid", "test"):
+        part = getattr(splits, name)
+        if not isinstance(part, Examples):
+            raise TypeError(f"{name} must be Examples; got {type(part).__name__}")
+        if not len(part) or part.stored.shape[1:] != space.event_shape:
+            shape, wanted = tuple(part.stored.shape), ("N", *space.event_shape)
+            raise ValueError(f"{name} must be of shape {wanted}, N >= 1; got {shape}")
+        if part.lengths is not None and sum(part.lengths) != len(part):
+            raise ValueError(f"the lengths of {name} must sum to {len(part)}")
+        low, high = space.value_range or (-math.inf, math.inf)
+        slack = 1e-5 * (high - low) if space.value_range else 0.0
+        for x in part.batches(4096):
+            if not x.isfinite().all():
+                raise ValueError(f"{name} must be finite; some values are NaN or infinite")
+            if x.min() < low - slack or x.max() > high + slack:
+                found = f"{x.min().item():g} to {x.max().item():g}"
+                raise ValueError(f"{name} must be in [{low:g}, {high:g}]; got {found}")
+
+
+def _check_space(space: object) -> None:
+    if not isinstance(space, Space):
+        raise TypeError(f"it must be a Space; got {space!r}")
+    shape = space.event_shape
+    if space.kind not in KINDS or not (
+        isinstance(shape, tuple) and shape and all(isinstance(n, int) and n > 0 for n in shape)
+    ):
+        raise ValueError(f"it must have a kind, and a shape of positive integers; got {space!r}")
 
 
 def _select_all(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import pluggy
@@ -25,7 +27,7 @@ from imlbench.api import (
 )
 from imlbench.api.capabilities import members
 from imlbench.api.params import AnyPlugin, Params
-from imlbench.errors import UserError, unknown
+from imlbench.errors import ANYTHING, UserError, brief, unknown
 
 GROUP = "imlbench"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -58,12 +60,21 @@ class Registry:
 
     Arguments:
         sources: Entry points to load; by default the installed ones of the group ``imlbench``.
+        announce: Called with the name of each, before it is imported.
+        barred: Those that are left out, and why: they have ended an earlier process.
 
     Raises:
         UserError: Two plugins give one name; the message names both classes.
     """
 
-    def __init__(self, sources: Iterable[EntryPoint] | None = None) -> None:
+    def __init__(
+        self,
+        sources: Iterable[EntryPoint] | None = None,
+        *,
+        announce: Callable[[str], None] = lambda name: None,
+        barred: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self._announce, self._barred = announce, barred
         self.plugins: list[Plugin] = []
         self.models: dict[str, type[AnyModel]] = {}
         self.datasets: dict[str, type[AnyDataset]] = {}
@@ -80,20 +91,24 @@ class Registry:
     def _add(self, manager: pluggy.PluginManager, source: EntryPoint) -> None:
         dist = source.dist
         distribution = f"{dist.name} {dist.version}" if dist else "unknown distribution"
+        here = os.getcwd()
         try:
+            if source.name in self._barred:
+                raise ImportError(self._barred[source.name])
+            self._announce(source.name)
             manager.register(source.load(), name=source.name)
             manager.check_pending()
             models = _classes(manager.hook.imlbench_models, source.name, Model)
             datasets = _classes(manager.hook.imlbench_datasets, source.name, Dataset)
             metrics = _classes(manager.hook.imlbench_metrics, source.name, Metric)
             artifacts = _classes(manager.hook.imlbench_artifacts, source.name, Artifact)
-        except Exception as error:  # somebody else's code: anything can come, none may stop us
+        except ANYTHING as error:  # somebody else's code: anything can come, none may stop us
             if manager.has_plugin(source.name):
                 manager.unregister(name=source.name)
-            self.plugins.append(
-                Plugin(source.name, distribution, f"{type(error).__name__}: {error}")
-            )
+            self.plugins.append(Plugin(source.name, distribution, brief(error)))
             return
+        finally:
+            os.chdir(here)
         self.plugins.append(Plugin(source.name, distribution))
         _merge(self.models, models, "model")
         _merge(self.datasets, datasets, "dataset")

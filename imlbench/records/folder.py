@@ -2,60 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from filelock import FileLock
+from pydantic import JsonValue, TypeAdapter
 
 from imlbench.errors import UserError
 from imlbench.plan.identity import digest
-from imlbench.records.record import SCHEMA, Point, Record
+from imlbench.records.files import (
+    describe,
+    is_intact,
+    lock,
+    seal,
+    set_aside,
+    unseal,
+    write_tensors,
+    write_text,
+)
+from imlbench.records.record import SCHEMA, File, Fit, Point, Record, Status
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _CURVES = TypeAdapter(list[Point])
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with a temporary path beside ``path``, then rename: all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-", suffix=path.suffix)
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors as safetensors, atomically."""
-    from safetensors.torch import save_file
-
-    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(content, temporary))
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read what :func:`write_tensors` wrote."""
-    from safetensors.torch import load_file
-
-    tensors: dict[str, Tensor] = load_file(path)
-    return tensors
 
 
 class JobFolder:
@@ -76,9 +56,9 @@ class JobFolder:
         self.path = path
 
     @property
-    def lock_path(self) -> Path:
-        """The file that is locked while a process works on the job."""
-        return self.path.parent.parent / "locks" / f"{self.path.name}.lock"
+    def lock(self) -> FileLock:
+        """The lock that a process holds while it works on the job; a new object every time."""
+        return lock(self.path.parent.parent / "locks" / f"{self.path.name}.lock")
 
     @property
     def checkpoint(self) -> Path:
@@ -105,45 +85,158 @@ class JobFolder:
     def read(self) -> Record | None:
         """Return the job's record; ``None`` if there is none, or none that can be read."""
         try:
-            with (self.path / "record.json").open("rb") as file:
-                record = Record.model_validate_json(file.read())
+            with self.record_path.open("rb") as file:
+                record = parse_record(file.read())
                 touched = os.fstat(file.fileno()).st_mtime
-        except (OSError, ValidationError):
+        except (OSError, ValueError):
             return None
         return record if touched <= record.confirmed else record.confirmed_at(touched)
+
+    @property
+    def record_path(self) -> Path:
+        """The file of the record."""
+        return self.path / "record.json"
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether there is, or was, a record that cannot be read."""
+        if self.record_path.exists():
+            return self.read() is None
+        return self.checkpoint.exists()
 
     def confirm(self) -> None:
         """Note that the job's results are what today's code would make: its record's time says so.
 
         Nothing is written, as another process may be at work on the job.
         """
-        os.utime(self.path / "record.json")
+        with contextlib.suppress(OSError):  # of a folder that may not be written to
+            os.utime(self.record_path)
 
     def write(self, record: Record) -> Record:
         """Write the job's record, and return it."""
-        write_text(self.path / "record.json", record.model_dump_json(indent=1) + "\n")
+        write_text(self.record_path, seal(record.model_dump_json(indent=1)) + "\n")
         return record
+
+    def write_fit(
+        self, tensors: Mapping[str, Tensor], curves: Sequence[Point]
+    ) -> tuple[File, File]:
+        """Write the model's state, which holds a copy of the learning curves, and the curves."""
+        text = _CURVES.dump_json(list(curves)).decode()
+        write_tensors(self.checkpoint, tensors, {"curves": text})
+        write_text(self._curves, text)
+        return describe(self.checkpoint), describe(self._curves)
+
+    @property
+    def _curves(self) -> Path:
+        return self.path / "curves.json"
 
     def read_curves(self) -> list[Point]:
         """Return the learning curves; empty if there are none that can be read."""
         try:
-            return _CURVES.validate_json((self.path / "curves.json").read_bytes())
-        except (OSError, ValidationError):
+            return _CURVES.validate_json(self._curves.read_bytes())
+        except (OSError, ValueError):
             return []
 
-    def write_curves(self, curves: Sequence[Point]) -> None:
-        """Write the learning curves."""
-        content = _CURVES.dump_json(list(curves))
-        write_atomically(self.path / "curves.json", lambda path: path.write_bytes(content))
+    def files(self, record: Record) -> Iterator[tuple[Path, File]]:
+        """Yield every file that a record speaks of."""
+        if record.fit is not None:
+            yield self.checkpoint, record.fit.checkpoint
+            yield self._curves, record.fit.curves
+        for draw, drawn in record.draws.items():
+            yield self.samples(draw), drawn.file
+        for score in record.scores:
+            if score.file is not None:
+                yield self.per_example(score.label, score.draw), score.file
+        for shown in record.artifacts:
+            for name, file in shown.files.items():
+                yield self.artifact(shown.label, shown.draw) / name, file
+
+    def damaged(self, record: Record) -> list[Path]:
+        """Return the files that are missing, or not as the record says."""
+        return [path for path, known in self.files(record) if not is_intact(path, known)]
+
+    def mend(self, record: Record) -> Record:
+        """Set aside what is damaged, and return the record without what it held, written."""
+        damaged = set(self.damaged(record))
+        if not damaged:
+            return record
+        for path in damaged:
+            if path.exists():
+                set_aside(path)
+        if self.checkpoint in damaged:
+            return self.write(record.without_fit())
+        if record.fit is not None and self._curves in damaged:
+            record = record.model_copy(update={"fit": self._with_curves(record.fit)})
+        for draw in record.draws:
+            if self.samples(draw) in damaged:
+                record = record.without_draw(draw)
+        scores = [
+            score
+            for score in record.scores
+            if self.per_example(score.label, score.draw) not in damaged
+        ]
+        artifacts = [
+            shown
+            for shown in record.artifacts
+            if damaged.isdisjoint(self.artifact(shown.label, shown.draw) / n for n in shown.files)
+        ]
+        kept = {"scores": tuple(scores), "artifacts": tuple(artifacts)}
+        return self.write(record.model_copy(update=kept))
+
+    def _with_curves(self, fit: Fit) -> Fit:
+        """Write the learning curves again, from the copy beside the model's state."""
+        from safetensors import safe_open
+
+        with safe_open(self.checkpoint, "pt") as file:
+            write_text(self._curves, file.metadata()["curves"])
+        return fit.model_copy(update={"curves": describe(self._curves)})
+
+    def load(self, path: Path, known: File) -> dict[str, Tensor]:
+        """Return the tensors of a file of this folder.
+
+        Raises:
+            UserError: Its content is not what was written.
+        """
+        from safetensors.torch import load
+
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be read: {error.strerror}. Run the job again."
+            ) from error
+        if hashlib.sha256(content).hexdigest() != known.sha256:
+            raise UserError(f"{path}: is damaged: its SHA-256 is another. Run it again.")
+        tensors: dict[str, Tensor] = load(content)
+        return tensors
+
+    def end(self, status: Status, reason: str = "") -> Record | None:
+        """Record how the job ended; ``None`` if there is no record."""
+        record = self.read()
+        if record is None:
+            return None
+        ended = {"status": status, "reason": reason, "ended": record.ended or time.time()}
+        return self.write(record.model_copy(update=ended))
 
     def remove_unfinished(self) -> None:
         """Remove what a process that was stopped had begun to write."""
         for path in self.path.rglob(".writing-*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
     def clear(self) -> None:
-        """Remove everything that the job has written."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove everything that the job has written, but for its log."""
+        for path in self.path.iterdir() if self.path.is_dir() else ():
+            if path != self.log:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+
+
+def parse_record(content: bytes) -> Record:
+    """Return the record that a file ``record.json`` holds.
+
+    Raises:
+        ValueError: It is damaged, or none.
+    """
+    return Record.model_validate_json(unseal(content.rstrip(b"\n")))
 
 
 def slug(label: str) -> str:
@@ -222,6 +315,8 @@ class Store:
 
     def _mark(self) -> None:
         """Give the folder a name of its own; one that was moved keeps it, a copy gets another."""
+        if not self._marker() and (self.root / "store.json").exists():
+            set_aside(self.root / "store.json")
         marker = self._marker()
         inode = self.root.stat().st_ino
         if marker.get("inode") != inode or not marker.get("name"):
@@ -272,6 +367,10 @@ class Store:
         except OSError:
             return
         yield from (JobFolder(self.runs / name) for name in names)
+
+    def damaged(self) -> list[str]:
+        """Return the names of job folders whose record cannot be read."""
+        return [folder.path.name for folder in self if folder.is_damaged]
 
     def records(self) -> list[Record]:
         """Return the records of all jobs that ended, by name of their folders."""

@@ -13,7 +13,7 @@ from imlbench.plan.settings import Settings
 if TYPE_CHECKING:
     from imlbench.plan.jobs import Job, Task
 
-SCHEMA = 2
+SCHEMA = 3
 """The version of the form of records; folders of another are refused."""
 
 
@@ -34,6 +34,20 @@ class Fact(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
     )
+
+
+class File(Fact):
+    """A file as it was written.
+
+    Arguments:
+        sha256: Of its content.
+        size: Bytes.
+        mtime_ns: When it was modified, in nanoseconds since 1970.
+    """
+
+    sha256: str
+    size: int
+    mtime_ns: int
 
 
 class Environment(Fact):
@@ -61,6 +75,8 @@ class Fit(Fact):
         used: What was really used where it may differ from the parameters.
         stages: The shared stages that it is made of, as their files are named.
         environment: With what, and where.
+        checkpoint: The file of the model's state.
+        curves: The file of the learning curves.
     """
 
     seconds: float
@@ -71,6 +87,22 @@ class Fit(Fact):
     used: Settings
     stages: tuple[str, ...]
     environment: Environment
+    checkpoint: File
+    curves: File
+
+
+class Drawn(Fact):
+    """Samples that were drawn.
+
+    Arguments:
+        key: What identifies them.
+        code: What identifies the code that drew them.
+        file: The file that holds them.
+    """
+
+    key: str
+    code: str
+    file: File
 
 
 class Scored(Fact):
@@ -86,6 +118,7 @@ class Scored(Fact):
         stderr: Its standard error over examples or their groups.
         n_examples: How many per-example values are in the job's folder.
         n_groups: How many groups they form; 0 if each is its own.
+        file: The file that holds them.
         settings: What the value depends on besides model and data.
         unit: Such as ``nats``.
         higher_is_better: The direction.
@@ -102,6 +135,7 @@ class Scored(Fact):
     stderr: float | None
     n_examples: int
     n_groups: int
+    file: File | None = None
     settings: Settings
     unit: str
     higher_is_better: bool | None
@@ -110,13 +144,13 @@ class Scored(Fact):
 
 
 class Shown(Fact):
-    """One artifact's result: its files lie in the folder ``artifacts/<draw>/<label>``."""
+    """One artifact's result: its files, by name, lie in the folder ``artifacts/<draw>/<label>``."""
 
     artifact: str
     label: str
     key: str
     draw: str
-    files: tuple[str, ...]
+    files: dict[str, File]
     error: str = ""
 
 
@@ -175,13 +209,13 @@ class Record(Fact):
         ended: When it first ended; ``None`` if it has not.
         confirmed: When it was last found to be what today's code would make.
         fit: The fit, once there is one.
-        draws: What identifies the samples, by how they were drawn, such as ``5x1000``.
+        draws: The samples, by how they were drawn, such as ``5x1000``.
         scores: What was computed.
         not_applicable: Metrics that make no sense for the job, by label, and why.
         artifacts: What was drawn and written.
     """
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     id: str
     model: str
     family: str
@@ -202,7 +236,7 @@ class Record(Fact):
     ended: float | None = None
     confirmed: float
     fit: Fit | None = None
-    draws: dict[str, str] = {}
+    draws: dict[str, Drawn] = {}
     scores: tuple[Scored, ...] = ()
     not_applicable: dict[str, NotApplicable] = {}
     artifacts: tuple[Shown, ...] = ()
@@ -260,6 +294,16 @@ class Record(Fact):
         shown = [s for s in self.artifacts if label or s.draw != draw]
         return self.model_copy(update={"scores": tuple(keep), "artifacts": tuple(shown)})
 
+    def without_draw(self, draw: str) -> Record:
+        """Return the record without samples, and without what was computed from them."""
+        draws = {name: drawn for name, drawn in self.draws.items() if name != draw}
+        return self.without_scores(draw).model_copy(update={"draws": draws})
+
+    def without_fit(self) -> Record:
+        """Return the record of the same job, of which nothing has been computed."""
+        nothing = {"fit": None, "draws": {}, "scores": (), "not_applicable": {}, "artifacts": ()}
+        return self.model_copy(update=nothing)
+
     def with_artifact(self, shown: Shown) -> Record:
         """Return the record with an artifact in place of an older one."""
         kept = [s for s in self.artifacts if (s.label, s.draw) != (shown.label, shown.draw)]
@@ -273,7 +317,8 @@ class Record(Fact):
             metrics: The metrics that are wanted.
             artifacts: The artifacts that are wanted.
         """
-        if self.status is not Status.DONE or self.draws.get(job.draw) != job.draw_key:
+        drawn = self.draws.get(job.draw)
+        if self.status is not Status.DONE or drawn is None or drawn.key != job.draw_key:
             return False
         done = {score.key for score in self.scores}
         done |= {shown.key for shown in self.artifacts if not shown.error}

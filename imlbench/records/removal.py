@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from imlbench.errors import UserError
+from imlbench.records.files import is_held
 from imlbench.records.folder import JobFolder, Store
 from imlbench.records.tables import superseded
 from imlbench.records.tracking import Tracker
@@ -72,7 +73,7 @@ def collect_garbage(store: Store, tracker: Tracker) -> Removed:
         for path in sorted(store.stages.glob("*"))
         if _STAGE.fullmatch(path.name)
         and path.stem not in needed
-        and not _is_held(store.stages / f"{path.stem}.lock")
+        and not is_held(store.stages / f"{path.stem}.lock")
     ]
     stages = sum(path.suffix == ".json" for path in unneeded)
     n_bytes = sum(_delete(path) for path in unneeded)
@@ -81,8 +82,7 @@ def collect_garbage(store: Store, tracker: Tracker) -> Removed:
 
 
 def _hold(folder: JobFolder) -> FileLock:
-    folder.lock_path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.lock_path)
+    lock = folder.lock
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
@@ -91,19 +91,6 @@ def _hold(folder: JobFolder) -> FileLock:
             "Wait until it has ended, or stop it."
         ) from error
     return lock
-
-
-def _is_held(path: Path) -> bool:
-    """Whether a process is at work on what a lock guards."""
-    if not path.exists():
-        return False
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
-    return False
 
 
 def _delete(path: Path) -> int:

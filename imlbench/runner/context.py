@@ -1,33 +1,43 @@
-"""What a model is given while it is fitted: learning curves, and the cache of fitted stages."""
+"""What a model is given while it is fitted: learning curves, checkpoints, the cache of stages."""
 
 from __future__ import annotations
 
 import functools
-import json
-import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from filelock import FileLock
-from pydantic import JsonValue
+from filelock import Timeout
+from pydantic import JsonValue, ValidationError
 from torch import nn
 
-from imlbench.api.model import FitContext
+from imlbench.api.model import FitContext, Stateful
 from imlbench.errors import Diverged
 from imlbench.plan.identity import code_of, digest, is_within
 from imlbench.plan.jobs import Job
-from imlbench.records.folder import read_tensors, write_tensors, write_text
+from imlbench.records.files import lock, read_sealed, write_sealed
 from imlbench.records.record import Point
+from imlbench.runner.plain import as_json
+from imlbench.runner.resuming import Checkpoints
 
-logger = logging.getLogger("imlbench")
+MOST_POINTS = 20_000
+"""Points of learning curves; of more, every second one is left out, over and over."""
 
-Event = Point | str
-"""What a job reports: a point of its learning curves, or the step that begins."""
 
-Report = Callable[[Event], None]
+class StageIsTaken(BaseException):
+    """Another job is fitting the stage that this one needs, which steps back until it is there.
+
+    No :class:`Exception`, so that no plugin catches it.
+
+    Arguments:
+        lock: The file that the other job holds.
+    """
+
+    def __init__(self, lock: Path) -> None:
+        super().__init__(lock)
+        self.lock = lock
 
 
 class JobContext(FitContext):
@@ -37,47 +47,68 @@ class JobContext(FitContext):
         job: The job.
         device: Where to compute.
         stages: The folder of the cache.
-        report: Called with every event.
-        refit_before: Stages that were fitted before this time are fitted again.
         home: The module of the model: what a stage's code is looked for beside, and in imlbench.
+        checkpoints: The folder of checkpoints within the fit.
+        checkpoint_every: Seconds between two of them.
+        report: Called with every point of the learning curves.
+        refit_before: What was fitted before this time is fitted again.
 
     Attributes:
         curves: What was reported.
         used: What was recorded.
         stages_used: Names of the stages that were fitted or found.
         seconds_reused: What the stages took that another job had fitted.
-        seconds_waited: Spent waiting for another job to fit a stage.
     """
 
     def __init__(
         self,
         job: Job,
         device: torch.device,
+        *,
         stages: Path,
-        report: Report,
+        home: str,
+        checkpoints: Path,
+        checkpoint_every: float,
+        report: Callable[[Point], None],
         refit_before: float = 0.0,
-        home: str = "imlbench",
     ) -> None:
         self.device, self.seed, self._home = device, job.seed, home
         self._data = [job.dataset, job.fingerprint]
         self._stages, self._report, self._refit_before = stages, report, refit_before
+        self._every, self._stride, self._n_reports = checkpoint_every, 1, 0
         self.curves: list[Point] = []
         self.used: dict[str, JsonValue] = {}
         self.stages_used: list[str] = []
         self.seconds_reused = 0.0
-        self.seconds_waited = 0.0
+        self.checkpoints = self._checkpoints_in(checkpoints)
+
+    def _checkpoints_in(self, folder: Path) -> Checkpoints:
+        return Checkpoints(
+            folder, self._every, self.curves, self.used, not_before=self._refit_before
+        )
+
+    def generator(self, purpose: str, device: torch.device | str | None = None) -> torch.Generator:
+        return self.checkpoints.tracked(purpose, super().generator(purpose, device))
+
+    def steps(self, stage: str, n_steps: int, *parts: Stateful | torch.Generator) -> Iterable[int]:
+        return self.checkpoints.steps(stage, n_steps, parts)
 
     def report(self, stage: str, step: int, n_steps: int, **values: float) -> None:
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise Diverged(stage, step, f"{name} is {float(value)}")
         plain = {name: float(value) for name, value in values.items()}
-        point = Point(stage=stage, step=int(step), n_steps=int(n_steps), values=plain)
-        self.curves.append(point)
+        for name, value in plain.items():
+            if not math.isfinite(value):
+                raise Diverged(stage, step, f"{name} is {value}")
+        point = Point(stage=str(stage), step=int(step), n_steps=int(n_steps), values=plain)
+        if self._n_reports % self._stride == 0 or point.step == point.n_steps:
+            self.curves.append(point)
+        self._n_reports += 1
+        if len(self.curves) > MOST_POINTS:
+            del self.curves[1::2]
+            self._stride *= 2
         self._report(point)
 
     def record(self, **facts: JsonValue) -> None:
-        self.used |= facts
+        self.used |= {name: as_json(value) for name, value in facts.items()}
 
     def fit_once(
         self,
@@ -86,45 +117,68 @@ class JobContext(FitContext):
         settings: Mapping[str, JsonValue],
         fit: Callable[[], None],
     ) -> None:
+        name = self._name_of(stage, module, settings, fit)
+        self.stages_used.append(name)
+        base, guard = self._stages / name, lock(self._stages / f"{name}.lock")
+        try:
+            with guard.acquire(timeout=0):
+                if not self._load(base, module):
+                    self._fit(base, module, fit)
+        except Timeout:
+            raise StageIsTaken(Path(guard.lock_file).resolve()) from None
+
+    def _name_of(
+        self,
+        stage: str,
+        module: nn.Module,
+        settings: Mapping[str, JsonValue],
+        fit: Callable[[], None],
+    ) -> str:
         homes = [type(module).__module__, _home_of(fit)]
         code = code_of("imlbench.runner.fitting", *(h for h in homes if is_within(h, self._home)))
-        what = [stage, type(module).__qualname__, self._data, self.seed, dict(settings)]
-        key = digest("stage", code, what)
-        name = f"{stage}-{key}"
-        self.stages_used.append(name)
-        facts, tensors = self._stages / f"{name}.json", self._stages / f"{name}.safetensors"
-        self._stages.mkdir(parents=True, exist_ok=True)
-        waiting = time.perf_counter()
-        with FileLock(self._stages / f"{name}.lock"):
-            self.seconds_waited += time.perf_counter() - waiting
-            if self._load(facts, tensors, module):
-                return
-            start, n_curves, used = time.perf_counter(), len(self.curves), dict(self.used)
+        kind = type(module).__qualname__
+        what = [stage, kind, self._data, self.seed, as_json(settings)]
+        return f"{stage}-{digest('stage', code, what)}"
+
+    def _fit(self, base: Path, module: nn.Module, fit: Callable[[], None]) -> None:
+        """Fit a stage, going on where another process was, and keep it for all jobs."""
+        start, n_curves, used = time.perf_counter(), len(self.curves), dict(self.used)
+        outer = self.checkpoints
+        self.checkpoints = self._checkpoints_in(base.with_name(f"{base.name}.fit"))
+        try:
             fit()
-            content = {
-                "seconds": time.perf_counter() - start,
-                "curves": [point.model_dump() for point in self.curves[n_curves:]],
+            outer.seconds_before += self.checkpoints.seconds_before
+            seconds = time.perf_counter() - start + self.checkpoints.seconds_before
+            facts: dict[str, JsonValue] = {
+                "seconds": seconds,
+                "curves": [point.model_dump(mode="json") for point in self.curves[n_curves:]],
                 "used": {n: v for n, v in self.used.items() if used.get(n) != v},
             }
-            write_tensors(tensors, module.state_dict())
-            write_text(facts, json.dumps(content) + "\n")
+            write_sealed(base, module.state_dict(), facts)
+            self.checkpoints.clear()
+        finally:
+            self.checkpoints = outer
 
-    def _load(self, facts: Path, tensors: Path, module: nn.Module) -> bool:
+    def _load(self, base: Path, module: nn.Module) -> bool:
         """Load a stage that is there, whole, and not to be fitted again."""
-        if not facts.exists() or facts.stat().st_mtime < self._refit_before:
+        found = read_sealed(base)
+        if found is None or _modified(base) < self._refit_before:
             return False
+        tensors, facts = found
         try:
-            saved = json.loads(facts.read_text(encoding="utf-8"))
-            module.load_state_dict(read_tensors(tensors))
-            curves = [Point.model_validate(point) for point in saved["curves"]]
-            seconds, used = float(saved["seconds"]), dict(saved["used"])
-        except Exception:  # whatever is wrong with the files, fitting again mends it
-            logger.exception("the stage in %s cannot be read and is fitted again", tensors)
-            return False
+            module.load_state_dict(tensors)
+            curves = [Point.model_validate(point) for point in facts["curves"]]  # type: ignore[union-attr]
+            seconds, used = float(facts["seconds"]), dict(facts["used"])  # type: ignore[arg-type]
+        except (KeyError, TypeError, ValueError, RuntimeError, ValidationError):
+            return False  # of another version: fitting again mends it
         self.curves += curves
         self.used |= used
         self.seconds_reused += seconds
         return True
+
+
+def _modified(base: Path) -> float:
+    return base.with_name(f"{base.name}.json").stat().st_mtime
 
 
 def _home_of(function: Callable[[], None]) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from imlbench.api.sources import Sources
 from imlbench.plan.jobs import Job, Task
@@ -31,9 +31,10 @@ class Assignment:
         sources: Where the data are.
         refit_before: What was fitted before this time is fitted again; in seconds since 1970.
         checkpoint_every: Seconds between two checkpoints within a fit.
+        time_limit: Seconds after which the job is ended; suspension and imports do not count.
         is_fitted: Only scores and artifacts are wanted, of the checkpoint and samples there are.
         device: Where to compute; the runner decides.
-        n_threads: How many threads to use; the runner decides.
+        n_threads: How many threads to use; 0 until the runner has decided.
     """
 
     job: Job
@@ -43,9 +44,10 @@ class Assignment:
     sources: Sources
     refit_before: float = 0.0
     checkpoint_every: float = 60.0
+    time_limit: float | None = None
     is_fitted: bool = False
     device: str = "cpu"
-    n_threads: int = 1
+    n_threads: int = 0
 
     @property
     def folder(self) -> JobFolder:
@@ -65,6 +67,13 @@ class Progress(Fact):
 
     kind: Literal["progress"] = "progress"
     point: Point
+
+
+class Noticed(Fact):
+    """Something that the user has to know, such as a damaged file that was set aside."""
+
+    kind: Literal["noticed"] = "noticed"
+    text: str
 
 
 class Ended(Fact):
@@ -101,10 +110,10 @@ class Lost(Fact):
 
 
 End = Ended | Waits | Lost
-Event = Began | Progress | End
+Event = Began | Progress | Noticed | End
 
 ASSIGNMENT = TypeAdapter(Assignment)
-EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 
 
 class Runner(Protocol):

@@ -25,11 +25,12 @@ def draw(model: AnyModel, seed: int, n_draws: int, n_samples: int, device: torch
         derived = derive_seed(seed, f"samples {number}")
         generator = torch.Generator(device).manual_seed(derived)
         with seeded(derived), torch.no_grad():
-            draws.append(model.sample(n_samples, generator).to("cpu", torch.float32))
+            found = model.sample(n_samples, generator)
         expected = (n_samples, *model.space.event_shape)
-        if draws[-1].shape != expected:
-            found = tuple(draws[-1].shape)
-            raise TypeError(f"{model.name}.sample must return {expected}; got {found}")
+        if not isinstance(found, Tensor) or found.shape != expected or found.is_complex():
+            what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise TypeError(f"{model.name}.sample must return a real {expected}; got {what}")
+        draws.append(found.to("cpu", torch.float32))
     samples = torch.stack(draws)
     if not samples.isfinite().all():
         raise Diverged("samples", 1, "some are NaN or infinite")

@@ -34,7 +34,7 @@ def build(
 
 def fit(model: AnyModel, splits: Splits, context: FitContext) -> None:
     """Fit a model, in training mode, to data on its device."""
-    train, valid = splits.train.to(context.device), splits.valid.to(context.device)
+    train, valid = (part.fresh().to(context.device) for part in (splits.train, splits.valid))
     with seeded(derive_seed(context.seed, "fit")):
         model.train()
         model.fit(train, valid, context)

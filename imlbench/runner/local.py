@@ -1,74 +1,211 @@
-"""The local runner: a process per job, one job per device at a time, hard time limits."""
+"""Jobs on this machine: slots on its devices, a process for each job, warm from the pool."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import selectors
 import signal
-import subprocess
-import sys
-import time
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
-from imlbench.api.sources import Sources
 from imlbench.errors import UserError
-from imlbench.plan.jobs import Job, Plan
-from imlbench.records.folder import JobFolder, Store
-from imlbench.records.record import Record, Status
-from imlbench.runner.context import Event
-from imlbench.runner.worker import ASSIGNMENT, EVENT, Assignment, end
+from imlbench.records.files import set_aside
+from imlbench.records.folder import JobFolder
+from imlbench.records.record import Status
+from imlbench.runner.contract import EVENT, Assignment, Ended, Event, Lost, Waits
+from imlbench.runner.pool import Exit, Pool
+from imlbench.runner.requests import REQUEST, Run
+
+TINY = 64
+"""Numbers per example up to which a model is computed with one thread: more only wait."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended.
+@dataclass
+class _Active:
+    """A job that runs, and what it has said of its end."""
+
+    assignment: Assignment
+    slot: int
+    oom_kills: int
+    last: Ended | Waits | None = None
+    is_stopped: bool = False
+
+
+class LocalRunner:
+    """Carries out jobs in processes of a pool.
 
     Arguments:
-        job: The job.
-        status: Its status.
-        reason: Why, if it is not done.
-        reused: Nothing had to be computed.
-        seconds: Wall time of the job's process.
+        devices: Such as ``["cuda:0", "cuda:1"]`` or ``["cpu"]``.
+        n_slots: How many jobs run at a time; spread evenly over the devices.
+        pool: Where the processes come from; by default one of its own, which ends with the runner.
     """
 
-    job: Job
-    status: Status
-    reason: str = ""
-    reused: bool = False
-    seconds: float = 0.0
+    def __init__(self, devices: Sequence[str], n_slots: int, pool: Pool | None = None) -> None:
+        self._devices, self._n_slots = devices, n_slots
+        self._pool, self._owns_pool = pool or Pool(), pool is None
+        self._active: dict[int, _Active] = {}
+        self._preloaded: set[str] = set()
+
+    def n_free(self) -> int:
+        """Return how many more jobs can be started now."""
+        return self._n_slots - len(self._active)
+
+    def start(self, assignment: Assignment) -> None:
+        """Start a job on the device that has the fewest."""
+        slot = min(set(range(self._n_slots)) - {active.slot for active in self._active.values()})
+        folder = assignment.folder
+        folder.path.mkdir(parents=True, exist_ok=True)
+        assignment = replace(
+            assignment,
+            device=self._devices[slot % len(self._devices)],
+            n_threads=self._n_threads(assignment),
+        )
+        with _open_log(folder) as log:
+            request = REQUEST.dump_json(Run(assignment))
+            number = self._pool.submit(request, log, assignment.time_limit)
+        self._active[number] = _Active(assignment, slot, _oom_kills())
+
+    def _n_threads(self, assignment: Assignment) -> int:
+        if assignment.job.space.n_dims <= TINY:
+            return 1
+        return assignment.n_threads or max(1, n_processors() // self._n_slots)
+
+    def wait(self, seconds: float) -> Sequence[tuple[str, Event]]:
+        """Return what has happened, by the job's id."""
+        found: list[tuple[str, Event]] = []
+        for number, said in self._pool.wait(seconds):
+            active = self._active.get(number)
+            if active is None:
+                continue
+            if isinstance(said, Exit):
+                del self._active[number]
+                event: Event | None = _end_of(active, said)
+            else:
+                event = self._hear(active, said)
+            if event is not None:
+                found.append((active.assignment.job.id, event))
+        return found
+
+    def _hear(self, active: _Active, line: bytes) -> Event | None:
+        """Return what a job says; its end is told when its process has ended."""
+        if line.startswith(b'{"imported"'):
+            self._learn(line)
+            return None
+        try:
+            event = EVENT.validate_json(line)
+        except ValueError:  # somebody else has written to the pipe
+            return None
+        if isinstance(event, Ended | Waits):
+            active.last = event
+            return None
+        return event
+
+    def _learn(self, line: bytes) -> None:
+        """Let the server import what this job had to import, for the next ones."""
+        names = [name for name in json.loads(line)["imported"] if name not in self._preloaded]
+        if names:
+            self._preloaded.update(names)
+            self._pool.preload(names)
+
+    def stop(self, job: str) -> None:
+        """End a job and all that it has started."""
+        for number, active in self._active.items():
+            if active.assignment.job.id == job:
+                active.is_stopped = True
+                self._pool.stop(number)
+
+    def suspend(self, is_wanted: bool) -> None:
+        """Suspend all jobs, or let them go on."""
+        self._pool.suspend(is_wanted)
+
+    def close(self) -> None:
+        """End all jobs, record that they were stopped, and give everything back."""
+        for active in self._active.values():
+            self.stop(active.assignment.job.id)
+        while self._active:
+            self.wait(1.0)
+        if self._owns_pool:
+            self._pool.close()
 
 
-class Display(Protocol):
-    """What shows the run to the user."""
+@contextlib.contextmanager
+def suspending(runner: LocalRunner) -> Iterator[None]:
+    """Let Ctrl-Z suspend the jobs, too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
-    def start(self, job: Job, device: str) -> None:
-        """Show that a job has started."""
+    def suspend(*_: object) -> None:
+        runner.suspend(True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        runner.suspend(False)
 
-    def event(self, job: Job, event: Event) -> None:
-        """Show an event of a running job."""
+    former = signal.signal(signal.SIGTSTP, suspend)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, former)
 
-    def end(self, outcome: Outcome, folder: JobFolder) -> None:
-        """Show how a job ended."""
+
+def _open_log(folder: JobFolder) -> IO[bytes]:
+    if folder.log.is_dir():
+        set_aside(folder.log)
+    return folder.log.open("ab")
 
 
-def find_devices(requested: str) -> list[str]:
-    """Return the devices to use, one job at a time on each.
+def _end_of(active: _Active, exit: Exit) -> Event:
+    """Return how a job ended, and record it if the job could not."""
+    if exit.is_lost:
+        return Lost(reason=str(exit))
+    if active.last is not None and not exit.is_timed_out:
+        return active.last
+    status, reason = Status.FAILED, str(exit)
+    if exit.is_timed_out:
+        status, reason = Status.TIMEOUT, f"stopped after {active.assignment.time_limit:g} s"
+    elif active.is_stopped:
+        status, reason = Status.INTERRUPTED, "stopped by the user"
+    elif exit.code == -signal.SIGKILL and _oom_kills() > active.oom_kills:
+        status, reason = Status.OUT_OF_MEMORY, "the system killed the process to free memory"
+    folder = active.assignment.folder
+    with contextlib.suppress(Timeout, OSError), folder.lock.acquire(timeout=1):
+        folder.end(status, reason)  # unless another process is at it by now
+    return Ended(status=status, reason=reason)
+
+
+def _oom_kills() -> int:
+    """Return how often the system has killed a process to free memory; 0 if it does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+def n_processors() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def choose_devices(requested: str, n_cuda: int) -> list[str]:
+    """Return the devices to use.
 
     Arguments:
         requested: ``"auto"`` (every CUDA device, or the CPU), ``"cpu"``, ``"cuda"``, ``"cuda:1"``,
             or several separated by commas.
+        n_cuda: How many CUDA devices there are.
 
     Raises:
         UserError: A device does not exist.
     """
-    import torch
-
-    available = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    available = [f"cuda:{index}" for index in range(n_cuda)]
     if requested == "auto":
         return available or ["cpu"]
     chosen: list[str] = []
@@ -79,242 +216,3 @@ def find_devices(requested: str) -> list[str]:
             raise UserError(f"--device: must be one of {known}; got '{name}'. Use another.")
         chosen += devices
     return list(dict.fromkeys(chosen))
-
-
-def run_jobs(
-    plan: Plan,
-    store: Store,
-    *,
-    sources: Sources,
-    devices: Sequence[str],
-    display: Display,
-    time_limit: float | None = None,
-    force: bool = False,
-) -> Iterator[Outcome]:
-    """Run a plan's jobs, yielding each outcome as soon as it is known; finished jobs are reused.
-
-    Arguments:
-        plan: What to run, in order, and what to compute for each job.
-        store: The results folder.
-        sources: Where the data are.
-        devices: One job at a time on each.
-        display: Shows progress.
-        time_limit: Seconds after which a job is stopped with the status ``timeout``.
-        force: Run finished jobs again, from the beginning, shared stages included.
-
-    Raises:
-        KeyboardInterrupt: After the running jobs were stopped and recorded as interrupted.
-    """
-    pending: list[Job] = []
-    for job in plan.jobs:
-        folder = store.folder(job.id)
-        record = None if force or not folder.checkpoint.exists() else folder.read()
-        if record is not None and record.is_complete(job, plan.metrics, plan.artifacts):
-            folder.confirm()
-            outcome = Outcome(job, Status.DONE, reused=True)
-            display.end(outcome, folder)
-            yield outcome
-        else:
-            pending.append(job)
-    crew = _Crew(plan, store, sources, display, time_limit, force, len(pending), devices)
-    try:
-        while pending or crew.running:
-            for device in crew.idle():
-                if pending:
-                    job = pending.pop(0)
-                    if not crew.start(job, device):  # another imlbench is at it: wait, go on after
-                        pending.append(job)
-            yield from crew.wait()
-    except (KeyboardInterrupt, GeneratorExit):
-        crew.interrupt()
-        raise
-
-
-class _Crew:
-    """The running processes."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        store: Store,
-        sources: Sources,
-        display: Display,
-        time_limit: float | None,
-        force: bool,
-        n_jobs: int,
-        devices: Sequence[str],
-    ) -> None:
-        self._plan, self._store, self._sources = plan, store, sources
-        self._display, self._time_limit, self._devices = display, time_limit, devices
-        self._n_threads = max(1, _n_processors() // min(len(devices), max(n_jobs, 1)))
-        self._refit_before = time.time() if force else 0.0
-        self.running: list[_Running] = []
-
-    def idle(self) -> list[str]:
-        """Return the devices on which no job runs."""
-        busy = {active.assignment.device for active in self.running}
-        return [device for device in self._devices if device not in busy]
-
-    def start(self, job: Job, device: str) -> bool:
-        """Start a job; False if another process is working on it."""
-        lock = _lock(self._store.folder(job.id))
-        if lock is None:
-            return False
-        self._display.start(job, device)
-        assignment = Assignment(
-            job,
-            self._store.root.resolve(),
-            self._plan.metrics,
-            self._plan.artifacts,
-            self._sources,
-            device,
-            self._n_threads,
-            self._refit_before,
-        )
-        self.running.append(_spawn(assignment, lock))
-        return True
-
-    def wait(self) -> Iterator[Outcome]:
-        """Forward events until something has happened, and yield the outcomes."""
-        with selectors.DefaultSelector() as selector:
-            for active in self.running:
-                if not active.is_silent:
-                    selector.register(active.events, selectors.EVENT_READ, active)
-            selector.select(timeout=0.5)
-        for active in list(self.running):
-            active.forward_events(self._display)
-            outcome = active.check(self._time_limit)
-            if outcome:
-                active.forward_events(self._display)
-                active.close()
-                self.running.remove(active)
-                self._display.end(outcome, active.assignment.folder)
-                yield outcome
-
-    def interrupt(self) -> None:
-        """Stop all jobs, and record that the user did."""
-        for active in self.running:
-            active.stop()
-            end(active.assignment.folder, Status.INTERRUPTED, "stopped by the user")
-            active.close()
-
-
-@dataclass
-class _Running:
-    """A job's process, the pipe of its events, and the lock of its folder."""
-
-    assignment: Assignment
-    process: subprocess.Popen[bytes]
-    events: int
-    lock: FileLock
-    is_silent: bool = False
-    start: float = field(default_factory=time.monotonic)
-    _rest: bytes = b""
-
-    def forward_events(self, display: Display) -> None:
-        """Hand on what has come; a line that is no event is left out."""
-        content = b""
-        with contextlib.suppress(BlockingIOError):
-            while part := os.read(self.events, 1 << 16):
-                content += part
-            self.is_silent = True
-        *lines, self._rest = (self._rest + content).split(b"\n")
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                display.event(self.assignment.job, EVENT.validate_json(line))
-
-    def check(self, time_limit: float | None) -> Outcome | None:
-        """Return the outcome if the process has ended, or has to be ended."""
-        folder, seconds = self.assignment.folder, time.monotonic() - self.start
-        if self.process.poll() is None:
-            if time_limit is None or seconds <= time_limit:
-                if self.is_silent:  # it has closed its pipe, and is about to end
-                    time.sleep(0.01)
-                return None
-            self.stop()
-            end(folder, Status.TIMEOUT, f"stopped after {time_limit:g} s")
-        record = folder.read()
-        if record is None or record.status is None:  # it died without a word
-            code = self.process.returncode
-            killed = code == -signal.SIGKILL
-            status = Status.OUT_OF_MEMORY if killed else Status.FAILED
-            reason = (
-                "the system killed the process"
-                if killed
-                else f"the process died with exit code {code}"
-            )
-            end(folder, status, reason)
-            return Outcome(self.assignment.job, status, reason, seconds=seconds)
-        return Outcome(self.assignment.job, record.status, record.reason, seconds=seconds)
-
-    def stop(self) -> None:
-        """End the process and all that it has started."""
-        for how, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, None)):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, how)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=patience)
-                return
-
-    def close(self) -> None:
-        """Release what is held."""
-        os.close(self.events)
-        self.lock.release()
-
-
-def _n_processors() -> int:
-    """Return how many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _lock(folder: JobFolder) -> FileLock | None:
-    """Return the lock of a job's folder, held; or ``None`` if another process holds it."""
-    folder.lock_path.parent.mkdir(exist_ok=True)
-    lock = FileLock(folder.lock_path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return None
-    return lock
-
-
-def _spawn(assignment: Assignment, lock: FileLock) -> _Running:
-    """Start a job's process, in a session of its own: the parent decides on Ctrl-C."""
-    folder = assignment.folder
-    if assignment.refit_before:
-        folder.clear()
-    folder.remove_unfinished()
-    now = time.time()
-    record = folder.read()
-    if record is None or record.fit is None:
-        record = Record.begin(assignment.job, now)
-    folder.write(record.model_copy(update={"status": None, "reason": "", "confirmed": now}))
-    receiver, sender = os.pipe()
-    os.set_blocking(receiver, False)
-    try:
-        with folder.log.open("ab" if record.fit else "wb") as log:  # the fit's log stays
-            process = subprocess.Popen(
-                # -P: the folder that this was started in is no place to import from.
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "imlbench.runner.worker",
-                    str(sender),
-                    str(os.getpid()),
-                ],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=(sender,),
-                start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
-    finally:
-        os.close(sender)
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError), process.stdin as assignments:
-        assignments.write(ASSIGNMENT.dump_json(assignment))
-    return _Running(assignment, process, receiver, lock)

@@ -6,10 +6,12 @@ import math
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from imlbench.api.artifact import AnyArtifact
 from imlbench.api.capabilities import members
 from imlbench.api.metric import AnyMetric, Evaluation, Score
+from imlbench.runner.plain import as_json
 from imlbench.runner.seeding import seeded
 
 
@@ -33,7 +35,7 @@ def score(metric: AnyMetric, evaluation: Evaluation) -> Score:
 
     Raises:
         TypeError: It is no :class:`Score`.
-        ValueError: The value is not finite, or there is not one value for every group.
+        ValueError: The value is not finite, or the per-example values are of another shape.
     """
     seen = evaluation if metric.needs_samples else replace(evaluation, draws=None)
     with seeded(0), torch.no_grad():
@@ -44,8 +46,21 @@ def score(metric: AnyMetric, evaluation: Evaluation) -> Score:
     stderr = None if found.stderr is None else float(found.stderr)
     if not math.isfinite(value) or not math.isfinite(stderr or 0.0):
         raise ValueError(f"{metric.name} must be finite; got {value} with error {stderr}")
-    if found.groups is not None and (
-        found.per_example is None or found.groups.shape != found.per_example.shape
-    ):
-        raise ValueError(f"{metric.name} must give one group for each per-example value")
-    return replace(found, value=value, stderr=stderr)
+    settings = {str(name): as_json(setting) for name, setting in found.settings.items()}
+    return replace(
+        found, value=value, stderr=stderr, settings=settings, **_checked(metric.name, found)
+    )
+
+
+def _checked(name: str, found: Score) -> dict[str, Tensor | None]:
+    """Return per-example values and groups in the form that is stored."""
+    values, groups = found.per_example, found.groups
+    if values is not None:
+        values = torch.as_tensor(values).detach().to("cpu", torch.float64)
+        if values.ndim != 1 or not len(values):
+            raise ValueError(f"{name} must give one value per example; got {tuple(values.shape)}")
+    if groups is not None:
+        groups = torch.as_tensor(groups).detach().to("cpu", torch.int64)
+        if values is None or groups.shape != values.shape:
+            raise ValueError(f"{name} must give one group for each per-example value")
+    return {"per_example": values, "groups": groups}

@@ -8,11 +8,16 @@ Example:
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
+import pickle
 import random
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, cast
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -38,7 +43,10 @@ from imlbench.api import (
     Splits,
 )
 from imlbench.api.capabilities import members
+from imlbench.api.model import Stateful
 from imlbench.errors import Diverged
+from imlbench.records.record import Point
+from imlbench.runner.resuming import Checkpoints, read
 from imlbench.runner.seeding import seeded
 
 SPACES: Mapping[str, Space] = {
@@ -51,15 +59,7 @@ SPACES: Mapping[str, Space] = {
 
 LOG_DENSITIES = (LogProb, LogProbManifold, LogProbLayerwise, BaseLogProb)
 N_SAMPLES = 50
-
-
-class Report(NamedTuple):
-    """What a model reported once; see :meth:`imlbench.FitContext.report`."""
-
-    stage: str
-    step: int
-    n_steps: int
-    values: dict[str, float]
+SEED = 3
 
 
 class CheckContext(FitContext):
@@ -75,14 +75,15 @@ class CheckContext(FitContext):
 
     def __init__(self, seed: int = 0) -> None:
         self.device, self.seed = torch.device("cpu"), seed
-        self.history: list[Report] = []
+        self.history: list[Point] = []
         self.facts: dict[str, JsonValue] = {}
 
     def report(self, stage: str, step: int, n_steps: int, **values: float) -> None:
         for name, value in values.items():
             if not math.isfinite(value):
                 raise Diverged(stage, step, f"{name} is {value}")
-        self.history.append(Report(stage, step, n_steps, values))
+        plain = {name: float(value) for name, value in values.items()}
+        self.history.append(Point(stage=stage, step=int(step), n_steps=int(n_steps), values=plain))
 
     def record(self, **facts: JsonValue) -> None:
         self.facts |= facts
@@ -96,6 +97,42 @@ class CheckContext(FitContext):
     ) -> None:
         json.dumps(dict(settings))
         fit()
+
+
+class Interrupted(Exception):
+    """A fit was ended, as by a cluster that needs the machine."""
+
+
+class ResumableContext(CheckContext):
+    """A context that keeps the states of loops in a folder, and that can end a fit.
+
+    Arguments:
+        seed: The seed of all generators.
+        folder: Where states are kept; a new context goes on from those that are there.
+        stop_at: The fit is ended when it reports more than so many times, interrupted or not.
+        interval: Seconds from one state that is kept to the next; by default every one is.
+
+    Attributes:
+        checkpoints: What keeps the states.
+    """
+
+    def __init__(
+        self, seed: int, folder: Path, *, stop_at: float = math.inf, interval: float = 0.0
+    ) -> None:
+        super().__init__(seed)
+        self._stop_at = stop_at
+        self.checkpoints = Checkpoints(folder, interval, self.history, self.facts)
+
+    def generator(self, purpose: str, device: torch.device | str | None = None) -> Generator:
+        return self.checkpoints.tracked(purpose, super().generator(purpose, device))
+
+    def steps(self, stage: str, n_steps: int, *parts: Stateful | Generator) -> Iterable[int]:
+        return self.checkpoints.steps(stage, n_steps, parts)
+
+    def report(self, stage: str, step: int, n_steps: int, **values: float) -> None:
+        if len(self.history) >= self._stop_at:
+            raise Interrupted(f"at {stage}, step {step}")
+        super().report(stage, step, n_steps, **values)
 
 
 def make_splits(
@@ -140,7 +177,7 @@ def check_model(
     assert space.kind in cls.kinds, f"{cls.name} is not for {space.kind} data"
     resolved = _resolve(cls, space, params)
     splits = make_splits(space, label=label)
-    first, second = (_fit(cls, resolved, space, splits) for _ in range(2))
+    first, second = _check_fits(functools.partial(_fit, cls, resolved, space, splits))
     before = _global_states()
     samples = _draw(first, 7)
     _check_samples(samples, space)
@@ -165,12 +202,60 @@ def _resolve(cls: type[AnyModel], space: Space, given: Mapping[str, object]) -> 
     return resolved
 
 
-def _fit(cls: type[AnyModel], params: Params, space: Space, splits: Splits) -> AnyModel:
-    with seeded(3):
+def _fit(
+    cls: type[AnyModel], params: Params, space: Space, splits: Splits, context: FitContext
+) -> AnyModel:
+    with seeded(SEED):
         model = cls(params, space)
         model.train()
-        model.fit(splits.train, splits.valid, CheckContext(seed=3))
+        model.fit(splits.train, splits.valid, context)
     return model.eval().requires_grad_(False)
+
+
+def _check_fits(fit: Callable[[FitContext], AnyModel]) -> tuple[AnyModel, AnyModel]:
+    """Return a model, and one whose fit was interrupted and went on; they must be the same."""
+    context = CheckContext(SEED)
+    first = fit(context)
+    second, resumed = _fit_interrupted(fit, len(context.history) // 2)
+    if _checkpoint(first) != _checkpoint(second):
+        third = fit(CheckContext(SEED))
+        assert _checkpoint(first) == _checkpoint(third), "the same seed must give the same model"
+        raise AssertionError(
+            "a fit that was interrupted must go on to the model of one that was not; "
+            "everything that a step changes must be a part of context.steps"
+        )
+    expected, reported = ([_step(point) for point in c.history] for c in (context, resumed))
+    assert reported == expected, f"a fit that goes on must report {expected}; got {reported}"
+    facts, recorded = set(context.facts), set(resumed.facts)
+    assert recorded == facts, f"a fit that goes on must record {facts}; got {recorded}"
+    return first, second
+
+
+def _fit_interrupted(
+    fit: Callable[[FitContext], AnyModel], stop_at: int
+) -> tuple[AnyModel, CheckContext]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with contextlib.suppress(Interrupted):
+            fit(ResumableContext(SEED, folder, stop_at=stop_at))
+        for path in folder.iterdir():
+            _check_state(path)
+        context = ResumableContext(SEED, folder)
+        return fit(context), context
+
+
+def _check_state(path: Path) -> None:
+    try:
+        read(path)
+    except pickle.UnpicklingError as error:
+        raise AssertionError(
+            f"the state of a loop must be made of tensors, numbers and strings: {error}"
+        ) from error
+
+
+def _step(point: Point) -> tuple[str, int, int, tuple[str, ...]]:
+    """Return what no clock has a part in."""
+    return point.stage, point.step, point.n_steps, tuple(point.values)
 
 
 def _draw(model: AnyModel, seed: int) -> Tensor:
@@ -179,11 +264,14 @@ def _draw(model: AnyModel, seed: int) -> Tensor:
 
 
 def _reload(model: AnyModel, cls: type[AnyModel], params: Params, space: Space) -> AnyModel:
-    checkpoint = save({name: value.contiguous() for name, value in model.state_dict().items()})
-    with seeded(4):
+    with seeded(SEED + 1):
         reloaded = cls(params, space)
-    reloaded.load_state_dict(load(checkpoint))
+    reloaded.load_state_dict(load(_checkpoint(model)))
     return reloaded.eval().requires_grad_(False)
+
+
+def _checkpoint(model: AnyModel) -> bytes:
+    return save({name: value.contiguous() for name, value in model.state_dict().items()})
 
 
 def _check_samples(samples: Tensor, space: Space) -> None:

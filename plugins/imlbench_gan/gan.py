@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from itertools import count
-from typing import ClassVar, Literal, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -144,14 +143,17 @@ class Adversarial(Model[P]):
         reference = next(train.batches(N_REFERENCE, context.generator("reference")))
         self._standardize_by(reference)
         steps_per_epoch = n_steps_for(len(train), self.params.batch_size, 1)
+        step = _Turns(self, train, context.generator("noise"))
+        watch = _Watch(self, reference, context, steps_per_epoch)
         train_epochs(
-            self._make_step(train, context.generator("noise")),
+            step,
             train,
             n_epochs=self.params.epochs or math.ceil(self.params.n_steps / steps_per_epoch),
             batch_size=self.params.batch_size,
             context=context,
             stage=self.name,
-            after_epoch=_Watch(self, reference, context, steps_per_epoch),
+            parts=[self, step, watch],
+            after_epoch=watch,
         )
 
     def _standardize_by(self, reference: Tensor) -> None:
@@ -159,23 +161,6 @@ class Adversarial(Model[P]):
             std = reference.std(dim=0)
             self.mean.copy_(reference.mean(dim=0))
             self.std.copy_(torch.where(std > 0, std, 1.0))
-
-    def _make_step(
-        self, train: Examples, noise: torch.Generator
-    ) -> Callable[[Tensor], dict[str, Tensor]]:
-        """Return the step of the discriminator, with one of the generator every `n_critic`."""
-        turns = count(1)
-        discriminator = self.make_optimizer(self.discriminator.parameters())
-        generator = self.make_optimizer(self.generator.parameters())
-
-        def step(rows: Tensor) -> dict[str, Tensor]:
-            x = (train[rows] - self.mean) / self.std
-            values = self._step_discriminator(x, noise, discriminator)
-            if next(turns) % self.n_critic == 0:
-                self._step_generator(len(x), noise, generator)
-            return values
-
-        return step
 
     def _step_discriminator(
         self, x: Tensor, noise: torch.Generator, optimizer: Optimizer
@@ -406,6 +391,37 @@ def _initialize(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 1.0, 0.02)
 
 
+class _Turns:
+    """A step of the discriminator, with one of the generator every `n_critic`."""
+
+    def __init__(self, model: Adversarial[P], train: Examples, noise: torch.Generator) -> None:
+        self._model, self._train, self._noise = model, train, noise
+        self._discriminator = model.make_optimizer(model.discriminator.parameters())
+        self._generator = model.make_optimizer(model.generator.parameters())
+        self._n_steps = 0
+
+    def __call__(self, rows: Tensor) -> dict[str, Tensor]:
+        model = self._model
+        x = (self._train[rows] - model.mean) / model.std
+        values = model._step_discriminator(x, self._noise, self._discriminator)
+        self._n_steps += 1
+        if self._n_steps % model.n_critic == 0:
+            model._step_generator(len(x), self._noise, self._generator)
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "discriminator": self._discriminator.state_dict(),
+            "generator": self._generator.state_dict(),
+            "n_steps": self._n_steps,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._discriminator.load_state_dict(state_dict["discriminator"])
+        self._generator.load_state_dict(state_dict["generator"])
+        self._n_steps = state_dict["n_steps"]
+
+
 class _Watch:
     """Reports the samples' diversity after every epoch, and ends a fit that has failed.
 
@@ -430,6 +446,12 @@ class _Watch:
             raise Diverged(stage, epoch, f"{reason}, for {self._n_failures} epochs")
         if epoch == n_epochs and diversity < MIN_DIVERSITY:
             raise Diverged(stage, epoch, reason)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"n_failures": self._n_failures}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._n_failures = state_dict["n_failures"]
 
     @torch.no_grad()
     def _diversity(self) -> float:

@@ -139,6 +139,7 @@ def fit_autoencoder(
         batch_size=params.batch_size,
         context=context,
         stage="autoencoder",
+        parts=[autoencoder, optimizer],
     )
 
 

@@ -8,8 +8,9 @@ is what a metric gives for the order of time.
 
 from __future__ import annotations
 
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch import Tensor
 from imlbench import Examples, FitContext, Kind, Model, Params, Space, from_data
 from imlbench.densities import GaussianMixture
 from imlbench.networks import require_at_most
+
+if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator
 
 VECTORS_AND_IMAGES: frozenset[Kind] = frozenset({"vector", "image"})
 
@@ -134,7 +138,7 @@ class ReferenceKMeans(_StoredExamples[ReferenceKMeansParams]):
         kmeans = MiniBatchKMeans(
             n_centroids, init="random", n_init=1, random_state=context.seed, reassignment_ratio=0
         )
-        for epoch in range(1, self.params.epochs + 1):
+        for epoch in context.steps("kmeans", self.params.epochs, _Estimator(kmeans)):
             inertia, n_seen = 0.0, 0
             for x in train.batches(max(5000, 2 * n_centroids), generator):
                 if len(x) >= n_centroids:
@@ -143,6 +147,29 @@ class ReferenceKMeans(_StoredExamples[ReferenceKMeansParams]):
             context.report("kmeans", epoch, self.params.epochs, inertia=inertia / n_seen)
         centroids = torch.from_numpy(kmeans.cluster_centers_).float().to(self.examples.device)
         self._store(centroids.unflatten(1, self.space.event_shape), context)
+
+
+class _Estimator:
+    """The arrays and numbers of an estimator that is fitted batch by batch, as a state.
+
+    A random state is none of them: mini-batch k-means draws its first centroids, and after that
+    only replacements, of which there are none here.
+    """
+
+    def __init__(self, estimator: BaseEstimator) -> None:
+        self._estimator = estimator
+
+    def state_dict(self) -> dict[str, Any]:
+        arrays = {n: np.asarray(v) for n, v in vars(self._estimator).items() if _is_numeric(v)}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, value in state_dict.items():
+            setattr(self._estimator, name, value.numpy() if value.ndim else value.item())
+
+
+def _is_numeric(value: object) -> bool:
+    return isinstance(value, np.ndarray | np.number | int | float)
 
 
 class ReferenceGMMParams(Params):

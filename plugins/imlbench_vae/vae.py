@@ -94,7 +94,13 @@ class VAE(Model[VAEParams]):
             return {"loss": loss}
 
         train_epochs(
-            step, train, n_epochs=p.epochs, batch_size=p.batch_size, context=context, stage="vae"
+            step,
+            train,
+            n_epochs=p.epochs,
+            batch_size=p.batch_size,
+            context=context,
+            stage="vae",
+            parts=[self, optimizer],
         )
 
     def loss(self, x: Tensor, generator: torch.Generator) -> Tensor:

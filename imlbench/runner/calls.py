@@ -1,0 +1,122 @@
+"""What is asked of plugins before anything runs: in processes that may die, and with a limit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import PydanticSerializationError
+
+from imlbench.api.sources import Sources
+from imlbench.errors import UserError
+from imlbench.plan.config import Benchmark
+from imlbench.plan.jobs import Plan
+from imlbench.runner.pool import Pool, TaskDied
+from imlbench.runner.requests import (
+    PLAN,
+    REQUEST,
+    CountDevices,
+    Describe,
+    MakePlan,
+    PlanAgain,
+    ReadData,
+)
+
+
+def make_plan(pool: Pool, benchmark: Benchmark) -> Plan:
+    """Expand a benchmark; a pair of model and dataset that ends the process is left out.
+
+    Raises:
+        UserError: Everything that is wrong with the request.
+    """
+    pool.warm()
+    barred: dict[str, str] = {}
+    while True:
+        try:
+            request = REQUEST.dump_json(MakePlan(benchmark, barred))
+        except PydanticSerializationError as error:
+            raise UserError(f"set: values must be numbers, texts or lists; got {error}.") from error
+        try:
+            return PLAN.validate_json(pool.call(request, limit=pool.limit))
+        except TaskDied as died:
+            if not died.step or died.step in barred:
+                raise UserError(f"plan: it cannot be made; {died}.") from died
+            barred[died.step] = died.reason
+
+
+def plan_again(
+    pool: Pool, benchmark: Benchmark, results: Path, jobs: list[str], as_fitted: bool
+) -> Plan:
+    """Plan jobs of a results folder, as they were fitted or by today's code.
+
+    Raises:
+        UserError: A metric or a parameter is unknown, or a plugin cannot be asked.
+    """
+    pool.warm()
+    request = PlanAgain(benchmark, results.resolve(), tuple(jobs), as_fitted)
+    try:
+        return PLAN.validate_json(pool.call(REQUEST.dump_json(request), limit=pool.limit))
+    except TaskDied as died:
+        raise UserError(f"plan: it cannot be made; {died}.") from died
+
+
+def read_data(
+    pool: Pool,
+    plan: Plan,
+    sources: Sources,
+    time_limit: float | None,
+    tell: Callable[[str], None] = lambda step: None,
+) -> Plan:
+    """Read every dataset once and enter its fingerprint into its jobs.
+
+    So that missing or damaged data are found before anything is trained, downloads and decoding
+    happen once, and results of one set of files are never taken for those of another.
+
+    Arguments:
+        pool: Where it is done.
+        plan: The plan.
+        sources: Where the data are.
+        time_limit: Seconds for each dataset.
+        tell: Called with what is being read.
+
+    Raises:
+        UserError: One message for every dataset that cannot be read.
+    """
+    found: dict[str, str] = {}
+    errors: list[str] = []
+    for key, job in plan.data.items():
+        try:
+            request = REQUEST.dump_json(ReadData(job, sources))
+            found[key] = json.loads(pool.call(request, tell, time_limit))["answer"]
+        except UserError as error:
+            errors += error.messages
+        except TaskDied as died:
+            errors.append(f"dataset {job.dataset}: loading it failed: {died.reason}.")
+    if errors:
+        raise UserError(*errors)
+    return plan.with_fingerprints(found)
+
+
+def describe(pool: Pool, name: str | None) -> str:
+    """Return the description of a plugin, or of all.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    answer: str = _ask(pool, Describe(name))
+    return answer
+
+
+def count_devices(pool: Pool) -> int:
+    """Return how many CUDA devices there are."""
+    answer: int = _ask(pool, CountDevices())
+    return answer
+
+
+def _ask(pool: Pool, request: Describe | CountDevices) -> Any:
+    try:
+        return json.loads(pool.call(REQUEST.dump_json(request), limit=pool.limit))["answer"]
+    except TaskDied as died:
+        raise UserError(f"{request.kind}: cannot be told; {died}.") from died

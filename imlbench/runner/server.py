@@ -1,0 +1,327 @@
+"""The fork server: a process that has imported what jobs need, and forks one process for each task.
+
+It never runs a plugin's code beyond importing it, never touches an accelerator, and has one thread,
+so that its children begin where a new interpreter would be after seconds of imports. Each child is
+a session of its own; when it has ended, for whatever reason, everything that it had started ends,
+too: whatever is orphaned below the server becomes the server's child (Linux) and is killed. When
+the process that started the server is gone, the server ends everything and itself.
+
+``python -m imlbench.runner.server FD BARRED`` serves at a socket; requests and answers are lines of
+JSON, see :mod:`imlbench.runner.pool`. ``python -m imlbench.runner.server --task TASK EVENTS BEGIN
+BARRED`` carries out one task in a process that was not forked from the server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from imlbench.errors import UserError
+
+if TYPE_CHECKING:
+    from imlbench.plan.registry import Registry
+
+MODULE = "imlbench.runner.server"
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_TICK = 1.0
+PATIENCE = 5.0
+"""Seconds between asking a process to end and ending it."""
+
+
+def main() -> None:
+    """Serve, or carry out one task."""
+    barred: dict[str, str] = json.loads(sys.argv[-1])
+    if sys.argv[1] == "--task":
+        from imlbench.runner.tasks import carry_out
+
+        task, events, begin = map(int, sys.argv[2:5])
+        registry = load_registry(barred)
+        os.write(begin, b"!")
+        carry_out(task, events, registry)
+    _Server(socket.socket(fileno=int(sys.argv[1])), barred).serve()
+
+
+def load_registry(
+    barred: Mapping[str, str], announce: Callable[[str], None] = lambda name: None
+) -> Registry:
+    """Import torch and all plugins, with one thread: more of them would not survive a fork."""
+    import torch
+
+    from imlbench.plan.registry import Registry
+
+    torch.set_num_threads(1)
+    return Registry(announce=announce, barred=barred)
+
+
+@dataclass
+class _Child:
+    """A task's process.
+
+    Arguments:
+        number: What the task is called by.
+        pid: The process, and its session.
+        begun: The end of a pipe that becomes readable when the task begins, after its imports.
+        time_limit: Seconds that it may take from then on.
+    """
+
+    number: int
+    pid: int
+    begun: int
+    time_limit: float | None
+    seconds: float = 0.0
+    has_begun: bool = False
+    is_timed_out: bool = False
+    kill_at: float | None = None
+
+    def signal(self, how: signal.Signals) -> None:
+        """Send a signal to everything in its session's group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, how)
+
+    def ask_to_end(self, patience: float) -> None:
+        """Ask it to end, and remember when it has to be ended."""
+        if self.kill_at is None:
+            self.signal(signal.SIGTERM)
+            self.signal(signal.SIGCONT)  # one that is suspended would not hear
+            self.kill_at = time.monotonic() + patience
+
+    def is_suspended(self) -> bool:
+        """Whether somebody has stopped it."""
+        return _state_of(self.pid) in ("T", "t")
+
+
+class _Server:
+    """The loop: forks what is asked for, and says what has ended."""
+
+    def __init__(self, control: socket.socket, barred: dict[str, str]) -> None:
+        self._control, self._barred = control, barred
+        self._children: dict[int, _Child] = {}
+        self._buffer = b""
+        self._descriptors: list[int] = []
+
+    def serve(self) -> None:
+        """Import the plugins, then serve until the other side is gone."""
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        try:
+            self._registry = load_registry(self._barred, lambda name: self._tell(importing=name))
+            from imlbench.runner import tasks  # noqa: F401 - children need it at once
+        except UserError as error:
+            self._tell(errors=error.messages)
+            return
+        gc.freeze()  # what is there stays: children need not copy its pages to look at it
+        self._wake, wake = socket.socketpair()
+        self._wake.setblocking(False)
+        wake.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        broken = {plugin.name: plugin.error for plugin in self._registry.broken}
+        self._tell(ready=True, broken=broken)
+        try:
+            while self._step():
+                pass
+        finally:
+            for child in self._children.values():
+                child.signal(signal.SIGKILL)
+            self._end_orphans(everything=True)
+
+    def _step(self) -> bool:
+        """Do what is due; False if nobody is there any more."""
+        before = time.monotonic()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._control, selectors.EVENT_READ)
+            selector.register(self._wake, selectors.EVENT_READ)
+            ready = {key.fileobj for key, _ in selector.select(self._patience())}
+        if self._wake in ready:
+            with contextlib.suppress(BlockingIOError):
+                self._wake.recv(4096)
+        self._reap()
+        self._watch(min(time.monotonic() - before, 2 * _TICK))
+        return self._control not in ready or self._listen()
+
+    def _patience(self) -> float | None:
+        if any(child.kill_at is not None for child in self._children.values()):
+            return 0.05
+        return _TICK if any(c.time_limit for c in self._children.values()) else None
+
+    def _tell(self, **answer: object) -> None:
+        try:
+            self._control.sendall(json.dumps(answer).encode() + b"\n")
+        except OSError:
+            sys.exit(0)
+
+    def _listen(self) -> bool:
+        """Read requests and do what they say; False if the other side is gone."""
+        from imlbench.plan.planning import warm
+
+        try:
+            content, descriptors, _, _ = socket.recv_fds(self._control, 1 << 16, 8)
+        except OSError:
+            return False
+        self._descriptors += descriptors
+        *lines, self._buffer = (self._buffer + content).split(b"\n")
+        for line in lines:
+            request = json.loads(line)
+            child = self._children.get(request.get("stop", 0))
+            if "task" in request:
+                self._fork(request["task"], request.get("time_limit"))
+            elif "warm" in request:
+                warm(self._registry)
+            elif "import" in request:
+                self._import(request["import"])
+            elif "suspend" in request:
+                self._suspend(request["suspend"])
+            elif child is not None:
+                child.ask_to_end(request["patience"])
+        return bool(content)
+
+    def _import(self, names: Sequence[str]) -> None:
+        """Import what a job has imported, so that the next one need not."""
+        for name in names:
+            if threading.active_count() == 1 and name not in sys.modules:
+                with contextlib.suppress(BaseException):
+                    importlib.import_module(name)
+        gc.freeze()
+
+    def _suspend(self, is_wanted: bool) -> None:
+        for child in self._children.values():
+            child.signal(signal.SIGSTOP if is_wanted else signal.SIGCONT)
+
+    def _fork(self, number: int, time_limit: float | None) -> None:
+        """Start a task; three descriptors came with it: what to do, where to tell, and the log."""
+        descriptors, self._descriptors = self._descriptors[:3], self._descriptors[3:]
+        begun, begin = os.pipe()
+        server, is_safe = os.getpid(), _is_fork_safe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self._control.close()
+                _become_a_task(server, descriptors[2])
+                self._carry_out(descriptors[0], descriptors[1], begin, is_safe)
+            finally:
+                os._exit(1)
+        for descriptor in (*descriptors, begin):
+            os.close(descriptor)
+        os.set_blocking(begun, False)
+        self._children[number] = _Child(number, pid, begun, time_limit)
+        self._tell(task=number, pid=pid)
+
+    def _carry_out(self, task: int, events: int, begin: int, is_safe: bool) -> None:
+        """In the child: do what is asked, in a new interpreter if this one cannot be trusted."""
+        if is_safe:
+            from imlbench.runner.tasks import carry_out
+
+            os.write(begin, b"!")
+            carry_out(task, events, self._registry)
+        for descriptor in (task, events, begin):
+            os.set_inheritable(descriptor, True)
+        arguments = ["--task", *map(str, (task, events, begin)), json.dumps(self._barred)]
+        os.execv(sys.executable, [sys.executable, "-P", "-m", MODULE, *arguments])
+
+    def _reap(self) -> None:
+        """Say which tasks have ended, after all that they had started has ended."""
+        ended = {}
+        with contextlib.suppress(ChildProcessError):
+            while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                ended[found[0]] = os.waitstatus_to_exitcode(found[1])
+        for child in [c for c in self._children.values() if c.pid in ended]:
+            del self._children[child.number]
+            os.close(child.begun)
+            child.signal(signal.SIGKILL)
+            self._end_orphans()
+            self._tell(ended=child.number, code=ended[child.pid], timed_out=child.is_timed_out)
+
+    def _end_orphans(self, everything: bool = False) -> None:
+        """End the processes that tasks have left behind."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            known = set() if everything else {child.pid for child in self._children.values()}
+            orphans = [pid for pid in _children_of_this_process() if pid not in known]
+            if not orphans:
+                return
+            for pid in orphans:
+                with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, os.WNOHANG)
+            time.sleep(0.005)
+
+    def _watch(self, seconds: float) -> None:
+        """Let time pass for the tasks that have begun, and end those whose time is over."""
+        for child in self._children.values():
+            if not child.has_begun:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(child.begun, 1)
+                    child.has_begun = True
+            elif child.time_limit is not None and not child.is_suspended():
+                child.seconds += seconds
+                if child.seconds > child.time_limit and not child.is_timed_out:
+                    child.is_timed_out = True
+                    child.ask_to_end(PATIENCE)
+            if child.kill_at is not None and time.monotonic() > child.kill_at:
+                child.signal(signal.SIGKILL)
+
+
+def _become_a_task(server: int, log: int) -> None:
+    """Make this a session of its own, which ends with the server and prints into its log."""
+    os.setsid()
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        if os.getppid() != server:  # it was too late
+            os._exit(1)
+    signal.set_wakeup_fd(-1)
+    for name in (signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(name, signal.SIG_DFL)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for source, target in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):  # a plugin may have closed them
+        stream = os.fdopen(descriptor, "w", buffering=1, errors="replace", closefd=False)
+        setattr(sys, name, stream)
+    faulthandler.enable()
+
+
+def _is_fork_safe() -> bool:
+    """Whether a forked process can go on: no accelerator in use, no other thread to hold a lock."""
+    import torch
+
+    is_alone = threading.active_count() == 1
+    return sys.platform == "linux" and is_alone and not torch.cuda.is_initialized()
+
+
+def _state_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def _children_of_this_process() -> list[int]:
+    """Return the processes that are this one's children now; an empty list where none can say."""
+    me, found = str(os.getpid()), []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError):
+            if path.read_text().rpartition(")")[2].split()[1] == me:
+                found.append(int(path.parent.name))
+    return found
+
+
+if __name__ == "__main__":
+    main()
