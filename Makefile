@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow speed
+.PHONY: demo test slow speed campaign
 
 # Each installs into .venv what its commands need; again only when pyproject.toml changes.
 $(VENV)/.installed $(VENV)/.test-installed $(VENV)/.speed-installed: pyproject.toml
@@ -26,3 +26,6 @@ slow: $(VENV)/.test-installed  ## the tests that take minutes
 
 speed: $(VENV)/.speed-installed  ## speed beside other libraries; about 25 minutes
 	$(BIN)/python -m speed
+
+campaign: $(VENV)/.test-installed  ## a thousand faults, and docs/reliability.md; about an hour on two cores
+	$(BIN)/python -m tests.campaign --report docs/reliability.md

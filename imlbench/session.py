@@ -13,6 +13,7 @@ Example::
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -403,10 +404,10 @@ class Session:
                 f"run: there must be at least one job; everything is skipped: {reasons}."
             )
         self.store.prepare()
-        options = self.options
+        options, devices = self.options, self._devices()
         records = {record.id: record for record in self.store.records()}
         if not is_fitted:
-            plan = read_data(self._pool, plan, self._sources, options.time_limit)
+            plan = read_data(self._pool, plan, self._sources)
         exporter = Exporter(self.store, with_tensors=options.log_tensors)
         started, was_interrupted = time.time(), False
         finished, left = find_finished(plan, self.store, {} if options.force else records)
@@ -421,7 +422,7 @@ class Session:
                     journal = Journal(self.store, {job.id: str(job) for job in plan.jobs})
                     stack.callback(journal.close)
                     template = self._template(plan, left[0], is_fitted, started)
-                    runner = stack.enter_context(self._runner(len(left)))
+                    runner = stack.enter_context(self._runner(devices, len(left)))
                     known = _durations(plan, records)
                     watchers = [display, Logbook(journal)]
                     for outcome in run_jobs(left, template, runner, watchers, known):
@@ -447,25 +448,44 @@ class Session:
             is_fitted=is_fitted,
         )
 
-    @contextlib.contextmanager
-    def _runner(self, n_jobs: int) -> Iterator[Runner]:
-        """Make the runner that the options ask for."""
-        from imlbench.runner.calls import count_devices
-        from imlbench.runner.local import LocalRunner, choose_devices, suspending
+    def _devices(self) -> list[str]:
+        """Return the devices of this machine to use, once it is clear that jobs can be run.
 
+        Raises:
+            UserError: A device does not exist, or a package is not installed.
+        """
+        from imlbench.runner.calls import count_devices
+        from imlbench.runner.local import choose_devices
+
+        options = self.options
+        if options.executor != "local":
+            package = {"ray": "ray", "slurm": "submitit"}[options.executor]
+            if importlib.util.find_spec(package) is None:
+                raise UserError(
+                    f"--executor {options.executor}: needs the package {package}. Install it: "
+                    f"pip install 'imlbench[{options.executor}]'"
+                )
+            return []
+        n_cuda = 0 if options.device == "cpu" else count_devices(self._pool)
+        return choose_devices(options.device, n_cuda)
+
+    @contextlib.contextmanager
+    def _runner(self, devices: Sequence[str], n_jobs: int) -> Iterator[Runner]:
+        """Make the runner that the options ask for."""
         options = self.options
         if options.executor == "ray":
             from imlbench.runner.ray_runner import RayRunner
 
-            yield RayRunner(options.ray_address, options.workers or 1)
+            yield RayRunner(options.ray_address, min(options.workers or 1, n_jobs))
         elif options.executor == "slurm":
             from imlbench.runner.slurm_runner import SlurmRunner
 
             yield SlurmRunner(self.store.root / "slurm", options.slurm)
         else:
-            n_cuda = 0 if options.device == "cpu" else count_devices(self._pool)
-            devices = choose_devices(options.device, n_cuda)
-            local = LocalRunner(devices, min(options.workers or len(devices), n_jobs), self._pool)
+            from imlbench.runner.local import LocalRunner, suspending
+
+            n_slots = min(options.workers or len(devices), n_jobs)
+            local = LocalRunner(devices, n_slots, self._pool)
             with suspending(local):
                 yield local
 
@@ -607,14 +627,29 @@ def run(
     return finished.results
 
 
-def describe_plugins(name: str | None = None) -> str:
+def describe_plugins(name: str = "") -> str:
     """Return a list of all plugins, or all about one of them.
+
+    As long as nothing is installed or edited, what was told once is told again: plugins are not
+    imported.
 
     Raises:
         UserError: There is none of that name.
     """
+    from imlbench.api.sources import Sources
+    from imlbench.plan.installed import stamp
+    from imlbench.records.files import read_facts, write_facts
     from imlbench.runner.calls import describe
     from imlbench.runner.pool import Pool
 
-    with Pool() as pool:
-        return describe(pool, name)
+    path, now = Sources().cache_dir / "plugins.json", stamp()
+    known = read_facts(path)
+    if known is None or known.pop("stamp", None) != now:
+        with Pool() as pool:
+            known = dict(describe(pool))
+            if not pool.broken:  # which may have to do with more than what is installed
+                with contextlib.suppress(OSError):
+                    write_facts(path, {"stamp": now, **known})
+    if name not in known:
+        raise UserError(unknown("plugin", name, known.keys() - {""}))
+    return str(known[name])

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from imlbench.errors import UserError, unknown
-from imlbench.records.folder import write_atomically, write_text
+from imlbench.records.files import write_atomically, write_text
 from speed import hmm, kde, likelihood, mixture, report, training, whole
 from speed.case import Case, Record
 from speed.runner import measure_apart

@@ -10,7 +10,7 @@ from torch import Tensor
 from imlbench import Examples, Sources, Space, Splits
 from imlbench.plan.identity import code_of, digest
 from imlbench.plan.registry import Registry
-from imlbench.records.folder import read_tensors, write_tensors
+from imlbench.records.files import read_tensors, write_tensors
 from imlbench.runner import fitting
 from imlbench.testing import CheckContext
 

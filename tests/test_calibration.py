@@ -13,6 +13,7 @@ from imlbench.plan.config import make_benchmark
 from imlbench.plan.planning import identify_data, make_plan
 from imlbench.plan.registry import Registry
 from imlbench.records.folder import JobFolder, Store
+from imlbench.runner.contract import Assignment
 from imlbench.runner.job import run_job
 
 
@@ -25,18 +26,9 @@ def run(
         None, None, models=models, datasets=[dataset], settings=settings, **more
     )
     plan = identify_data(make_plan(benchmark, registry), registry, sources)
-    store = Store(folder)
     for job in plan.jobs:
-        run_job(
-            job,
-            store,
-            registry,
-            metrics=plan.metrics,
-            artifacts=plan.artifacts,
-            sources=sources,
-            device=torch.device("cpu"),
-        )
-    return {job.model: store.folder(job.id) for job in plan.jobs}
+        run_job(Assignment(job, folder, plan.metrics, plan.artifacts, sources), registry)
+    return {job.model: Store(folder).folder(job.id) for job in plan.jobs}
 
 
 def value(folder: JobFolder, metric: str) -> float:

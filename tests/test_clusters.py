@@ -18,7 +18,9 @@ import pytest
 from imlbench.api.sources import Sources
 from imlbench.api.space import Space
 from imlbench.errors import UserError
+from imlbench.plan.config import make_benchmark
 from imlbench.plan.jobs import Codes, Job
+from imlbench.plan.planning import identify_data, make_plan
 from imlbench.records.folder import Store
 from imlbench.records.record import Point, Status
 from imlbench.runner import ray_runner, slurm_runner
@@ -33,7 +35,9 @@ from imlbench.runner.contract import (
     Runner,
     Waits,
 )
+from imlbench.runner.local import LocalRunner
 from imlbench.runner.ray_runner import RayRunner
+from imlbench.runner.scheduling import Outcome, run_jobs
 from imlbench.runner.slurm_runner import SlurmRunner
 
 DONE = Ended(status=Status.DONE)
@@ -511,3 +515,50 @@ def test_without_ray_or_a_cluster_the_user_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"needs the package ray; .*'imlbench\[ray\]'"):
         RayRunner(None, 1)
+
+
+def make_local_runner(store: Store) -> Runner:
+    return LocalRunner(["cpu"], 2)
+
+
+def make_ray_runner(store: Store) -> Runner:
+    return RayRunner(None, 2, is_shared=False)
+
+
+def make_slurm_runner(store: Store) -> Runner:
+    return SlurmRunner(store.root / "slurm", {"timeout_min": "60"}, "local")
+
+
+class Nobody:
+    """A watcher that shows nothing."""
+
+    def start(self, job: Job) -> None: ...
+    def event(self, job: Job, event: Event) -> None: ...
+    def end(self, outcome: Outcome) -> None: ...
+    def tick(self, seconds_left: float | None) -> None: ...
+
+
+@pytest.mark.slow
+def test_results_are_the_same_wherever_jobs_run(tmp_path, registry):
+    benchmark = make_benchmark(
+        None,
+        None,
+        models=["vae"],
+        datasets=["toy-2d"],
+        seeds=(0, 1),
+        settings=["epochs=1", "hidden_dim=8"],
+        metrics=("kde",),
+    )
+    plan = identify_data(make_plan(benchmark, registry), registry, Sources())
+    found = []
+    for number, make in enumerate((make_local_runner, make_ray_runner, make_slurm_runner)):
+        store = Store(tmp_path / str(number))
+        store.prepare()
+        template = Assignment(plan.jobs[0], store.root, plan.metrics, plan.artifacts, Sources())
+        outcomes = list(run_jobs(plan.jobs, template, make(store), [Nobody()]))
+        assert [outcome.status for outcome in outcomes] == [Status.DONE] * 2, outcomes
+        assert all(not folder.damaged(folder.read()) for folder in store)
+        scores = {record.id: record.score("kde", "5x1000").value for record in store.records()}
+        found.append((scores, [folder.checkpoint.read_bytes() for folder in store]))
+    assert found[1] == found[0]
+    assert found[2] == found[0]

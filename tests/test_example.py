@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from imlbench import Sources, Splits
-from imlbench.records.folder import JobFolder, read_tensors
+from imlbench.records.files import read_tensors
+from imlbench.records.folder import JobFolder
 from imlbench_images.digits import Digits, DigitsParams
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ import pytest
 
 from imlbench import UserError
 from imlbench.records.folder import JobFolder, Store
-from imlbench.records.record import Environment, Fit, Record, Scored, Status
+from imlbench.records.record import Drawn, Environment, File, Fit, Record, Scored, Status
 from imlbench.records.render import render
 from imlbench.records.tables import Cell, Table, entries, make_tables
 
@@ -29,6 +29,8 @@ ENVIRONMENT = Environment(
     n_threads=2,
     user="somebody",
 )
+
+FILE = File(sha256="", size=0, mtime_ns=0)
 
 
 def scored(label: str, value: float, **more) -> Scored:
@@ -70,6 +72,8 @@ def run(model: str, seed: int, kde: float, error: float, latent_dim: int = 20, *
         used={},
         stages=(),
         environment=ENVIRONMENT,
+        checkpoint=FILE,
+        curves=FILE,
     )
     given = {
         "id": f"{model}-{seed}-{latent_dim}",
@@ -91,7 +95,7 @@ def run(model: str, seed: int, kde: float, error: float, latent_dim: int = 20, *
         "ended": 1010.0,
         "confirmed": 1010.0,
         "fit": fit,
-        "draws": {"5x1000": "drawn"},
+        "draws": {"5x1000": Drawn(key="drawn", code="", file=FILE)},
         "scores": (kde_paper, scored("error", error, position=20)),
     }
     return Record(**{**given, **more})
@@ -293,7 +297,9 @@ def test_columns_come_in_the_order_that_metrics_ask_for_whatever_their_names(run
 def test_two_ways_of_drawing_samples_are_two_rows(runs):
     more = scored("kde_paper", 7.0, draw="3x500", key="more", position=0, higher_is_better=True)
     found = [
-        record.model_copy(update={"draws": {**record.draws, "3x500": "more"}}).with_score(more)
+        record.model_copy(
+            update={"draws": {**record.draws, "3x500": Drawn(key="more", code="", file=FILE)}}
+        ).with_score(more)
         for record in runs
     ]
     (table,) = tables_of(found)
@@ -347,9 +353,7 @@ def test_a_leaderboard_of_ten_thousand_runs(tmp_path):
     store = Store(tmp_path / "results")
     store.prepare()
     for number in range(N_RUNS):
-        folder = JobFolder(store.runs / f"mnist-model-{number}")
-        folder.path.mkdir()
-        (folder.path / "record.json").write_text(made(number).model_dump_json(indent=1))
+        JobFolder(store.runs / f"mnist-model-{number}").write(made(number))
     answer = subprocess.run(
         [sys.executable, "-c", READ, store.root], capture_output=True, text=True, check=True
     )

@@ -21,11 +21,12 @@ from imlbench.plan.config import make_benchmark
 from imlbench.plan.jobs import Plan
 from imlbench.plan.planning import identify_data, make_plan
 from imlbench.plan.registry import Registry
-from imlbench.records.folder import JobFolder, Store, read_tensors
+from imlbench.records.files import read_tensors
+from imlbench.records.folder import JobFolder, Store
 from imlbench.records.record import Status
 from imlbench.runner.context import JobContext
+from imlbench.runner.contract import Assignment
 from imlbench.runner.job import run_job
-from imlbench.runner.worker import end
 
 QUICK = ("--epochs", "1", "--set", "hidden_dim=32", "--set", "latent_dim=4")
 RUN = ("run", "--models", "iml-gmm,vae", "--datasets", "digits", *QUICK)
@@ -52,18 +53,10 @@ def quick_plan(
 
 
 def run_here(registry: Registry, plan: Plan, folder: Path, **given) -> JobFolder:
-    store = Store(folder)
     (job,) = plan.jobs
-    run_job(
-        job,
-        store,
-        registry,
-        metrics=plan.metrics,
-        sources=Sources(),
-        device=torch.device("cpu"),
-        **given,
-    )
-    return store.folder(job.id)
+    assignment = Assignment(job, folder, plan.metrics, (), Sources(), **given)
+    run_job(assignment, registry)
+    return assignment.folder
 
 
 def values(folder: JobFolder) -> dict[str, float]:
@@ -245,7 +238,7 @@ def test_going_back_and_forth_between_ways_of_drawing_computes_nothing(registry,
     ]
     for plan in plans:
         folder = run_here(registry, plan, tmp_path)
-        end(folder, Status.DONE)
+        folder.end(Status.DONE)
     for plan in plans:
         assert folder.read().is_complete(plan.jobs[0], plan.metrics, ())
 
@@ -264,7 +257,15 @@ class _Broken(Model[Params]):
 
 def test_nan_in_training_is_diverged_with_epoch_and_value(tmp_path, registry):
     (job,) = quick_plan(registry, "vae").jobs
-    context = JobContext(job, torch.device("cpu"), tmp_path, lambda event: None)
+    context = JobContext(
+        job,
+        torch.device("cpu"),
+        stages=tmp_path,
+        home="imlbench",
+        checkpoints=tmp_path,
+        checkpoint_every=60.0,
+        report=lambda point: None,
+    )
     model = _Broken(Params(), Space("vector", (2,)))
     with pytest.raises(Diverged, match="training, epoch 1: loss is nan"):
         model.fit(None, None, context)
@@ -370,13 +371,14 @@ def test_jobs_that_fail_are_recorded_and_the_others_go_on(outside):
     assert statuses(outside.folder) == {
         "raises": "failed",
         "nan": "diverged",
-        "killed": "out-of-memory",
+        "killed": "failed",
         "memory": "out-of-memory",
         "fine": "done",
     }
     assert re.search(r"^fine ", out, re.MULTILINE)
     assert "No result: nan, seed 0: diverged (training, epoch 3: loss is nan)." in out
     assert "RuntimeError: it broke" in err
+    assert "the process was ended by SIGKILL" in err
     assert "Traceback" not in err
     assert (
         "Traceback" in next((outside.folder / "results/runs").glob("*raises*/log.txt")).read_text()
@@ -475,7 +477,8 @@ def test_force_runs_again(imlbench):
 def test_plan_and_dry_run_print_the_jobs_and_write_nothing(imlbench):
     planned = imlbench("plan", *SMALL[1:], "--seeds", "0..2")
     assert planned.exit_code == 0
-    assert "iml-gmm on digits, seed 2:\n" in planned.output
+    assert "iml-gmm on digits: 3 jobs\n" in planned.output
+    assert "  - seeds 0..2\n" in planned.output
     assert "6 jobs" in planned.output
     assert imlbench(*SMALL, "--seeds", "0..2", "--dry-run").output == planned.output
     assert not Path("results").exists()
@@ -495,7 +498,7 @@ def test_plan_and_dry_run_print_the_jobs_and_write_nothing(imlbench):
         (("plugins", "vea"), "Did you mean 'vae'?"),
         (("gc",), "must be a results folder; it has no store.json"),
         (("rm", "--models", "vae"), "must be a results folder; it has no store.json"),
-        (("run", "--models", "iml-hmm", "--datasets", "digits"), "all pairs are skipped"),
+        (("run", "--models", "iml-hmm", "--datasets", "digits"), "everything is skipped"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_status_2(imlbench, monkeypatch, arguments, message):

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import mlflow
 import pytest
-import torch
 from mlflow.entities import ViewType
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking._tracking_service.registry import TrackingStoreRegistry
@@ -28,8 +27,8 @@ from imlbench.records.folder import JobFolder, Store
 from imlbench.records.record import Record, Status
 from imlbench.records.removal import collect_garbage, remove_jobs
 from imlbench.records.tracking import Tracker, read_records
+from imlbench.runner.contract import Assignment
 from imlbench.runner.job import run_job
-from imlbench.runner.worker import end
 
 
 def run_jobs_here(registry, root: Path, *settings: str, seeds: str = "0") -> Store:
@@ -48,16 +47,8 @@ def run_jobs_here(registry, root: Path, *settings: str, seeds: str = "0") -> Sto
     store = Store(root)
     store.prepare()
     for job in plan.jobs:
-        run_job(
-            job,
-            store,
-            registry,
-            metrics=plan.metrics,
-            artifacts=plan.artifacts,
-            sources=Sources(),
-            device=torch.device("cpu"),
-        )
-        end(store.folder(job.id), Status.DONE)
+        run_job(Assignment(job, root, plan.metrics, plan.artifacts, Sources()), registry)
+        store.folder(job.id).end(Status.DONE)
     return store
 
 
@@ -369,7 +360,7 @@ def test_an_older_form_of_results_is_refused_in_one_sentence(tmp_path):
 
 
 def test_a_newer_form_of_results_is_refused_in_one_sentence(tmp_path):
-    (tmp_path / "store.json").write_text('{"schema_version": 3}')
+    (tmp_path / "store.json").write_text('{"schema_version": 4}')
     with pytest.raises(UserError, match="must hold results of the form 2; got form 3"):
         Store(tmp_path)
 

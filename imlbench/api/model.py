@@ -69,9 +69,10 @@ class FitContext(ABC):
                 recorded are kept without being named; generators of your own are not. Without any
                 parts, the loop always begins at 1.
 
-        Example:
-            >>> for epoch in context.steps("vae", 20, self, optimizer):  # doctest: +SKIP
-            ...     context.report("vae", epoch, 20, loss=train_one_epoch())
+        Example::
+
+            for epoch in context.steps("vae", 20, self, optimizer):
+                context.report("vae", epoch, 20, loss=train_one_epoch())
         """
         return range(1, n_steps + 1)
 

@@ -381,7 +381,7 @@ def plugins(name: str | None) -> None:
     """List all plugins, or tell all about NAME."""
     from imlbench.session import describe_plugins
 
-    click.echo(describe_plugins(name))
+    click.echo(describe_plugins(name or ""))
 
 
 def _make_plan(session: Session, selection: Selection) -> Plan:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -36,9 +36,6 @@ from imlbench.plan.registry import PluginClass, Registry, family_of
 from imlbench.plan.settings import Settings
 
 MOST_JOBS = 1_000_000
-
-if TYPE_CHECKING:
-    from imlbench.records.record import Record
 
 _C = TypeVar("_C", bound=PluginClass)
 
@@ -71,17 +68,30 @@ def make_plan(
     for dataset_cls in datasets:
         for dataset_params in planner.combinations(dataset_cls):
             planner.add_jobs(models, dataset_cls, dataset_params)
-    tasks = [planner.tasks(classes) for classes in (metrics, artifacts)]
-    if errors:
-        raise UserError(*dict.fromkeys(errors))
+    tasks = planner.tasks(metrics, artifacts)
     jobs = {(job.id, job.data): job for job in planner.jobs}
     return Plan(
         benchmark.name,
-        tuple(Variant(job, benchmark.seeds) for job in _with_varying(list(jobs.values()))),
+        tuple(Variant(job, benchmark.seeds) for job in with_varying(list(jobs.values()))),
         tuple(dict.fromkeys(planner.skips)),
-        tuple(sorted(tasks[0], key=lambda task: registry.metrics[task.name].position)),
-        tuple(tasks[1]),
+        *tasks,
     )
+
+
+def plan_tasks(
+    benchmark: Benchmark,
+    metrics: Sequence[type[AnyMetric]],
+    artifacts: Sequence[type[AnyArtifact]],
+    registry: Registry,
+) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
+    """Return what is computed for jobs that there are: metrics, and artifacts.
+
+    Raises:
+        UserError: A parameter is unknown, or out of its range: all of them at once.
+    """
+    errors = _unused_settings(benchmark.settings, [*metrics, *artifacts], registry)
+    planner = _Planner(benchmark, registry, errors, lambda step: None, {})
+    return planner.tasks(metrics, artifacts)
 
 
 class _Planner:
@@ -233,19 +243,32 @@ class _Planner:
             self._usual[key] = usual
         return self._usual[key]
 
-    def tasks(self, classes: Sequence[type[AnyMetric]] | Sequence[type[AnyArtifact]]) -> list[Task]:
-        """Return metrics or artifacts, with every combination of their parameters."""
-        return [
-            Task(
-                cls.name,
-                params.settings(),
-                _changed(params),
-                code_of(cls.__module__),
-                getattr(cls, "needs_samples", True),
+    def tasks(
+        self, metrics: Sequence[type[AnyMetric]], artifacts: Sequence[type[AnyArtifact]]
+    ) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
+        """Return metrics and artifacts, with every combination of their parameters.
+
+        Raises:
+            UserError: Something was wrong, here or before.
+        """
+        ordered = sorted(metrics, key=lambda cls: cls.position)
+        tasks = [
+            tuple(
+                Task(
+                    cls.name,
+                    params.settings(),
+                    _changed(params),
+                    code_of(cls.__module__),
+                    getattr(cls, "needs_samples", True),
+                )
+                for cls in classes
+                for params in self.combinations(cls)
             )
-            for cls in classes
-            for params in self.combinations(cls)
+            for classes in (ordered, artifacts)
         ]
+        if self._errors:
+            raise UserError(*dict.fromkeys(self._errors))
+        return tasks[0], tasks[1]
 
 
 def have_changed(
@@ -306,7 +329,7 @@ def _changed(params: Params, prefix: str = "") -> Settings:
     }
 
 
-def _with_varying(jobs: Sequence[Job]) -> tuple[Job, ...]:
+def with_varying(jobs: Sequence[Job]) -> tuple[Job, ...]:
     """Enter into every job the parameters that tell it from others of its model and dataset."""
     if len({(job.model, job.dataset) for job in jobs}) == len(jobs):
         return tuple(jobs)
@@ -325,80 +348,6 @@ def _with_varying(jobs: Sequence[Job]) -> tuple[Job, ...]:
         )
         for job, params in zip(jobs, everything, strict=True)
     )
-
-
-def plan_again(
-    records: Sequence[Record], benchmark: Benchmark, registry: Registry, as_fitted: bool
-) -> Plan:
-    """Plan jobs that are in a results folder.
-
-    Arguments:
-        records: Their records.
-        benchmark: What is computed for each of them.
-        registry: Where the plugins are.
-        as_fitted: Whether they are taken as they were fitted, or made anew by today's code.
-
-    Raises:
-        UserError: A metric or a parameter of one is unknown, or none of the plugins is there.
-    """
-    refresh()
-    metrics = registry.select_metrics(benchmark.metrics)
-    artifacts = [] if as_fitted else list(registry.artifacts.values())
-    errors = _unused_settings(benchmark.settings, [*metrics, *artifacts], registry)
-    planner = _Planner(benchmark, registry, errors, lambda step: None, {})
-    tasks = [planner.tasks(classes) for classes in (metrics, artifacts)]
-    variants, skips = [], []
-    for record in records:
-        try:
-            variants += [Variant(job, (job.seed,)) for job in _again(record, registry, as_fitted)]
-        except KeyError as error:
-            reason = f"plugin {error} is not installed"
-            skips.append(Skip(record.model, record.dataset, reason, True))
-        except ANYTHING as error:  # parameters of another version, or a plugin that raises anything
-            reason = f"it cannot be planned again ({brief(error)})"
-            skips.append(Skip(record.model, record.dataset, reason, True))
-    if errors:
-        raise UserError(*dict.fromkeys(errors))
-    jobs = zip(_with_varying([variant.job for variant in variants]), variants, strict=True)
-    return Plan(
-        benchmark.name,
-        tuple(Variant(job, variant.seeds) for job, variant in jobs),
-        tuple(skips),
-        tuple(sorted(tasks[0], key=lambda task: registry.metrics[task.name].position)),
-        tuple(tasks[1]),
-    )
-
-
-def _again(record: Record, registry: Registry, as_fitted: bool) -> Iterator[Job]:
-    """Yield the jobs of a record: one for each way in which samples were drawn."""
-    model_cls, dataset_cls = registry.models[record.model], registry.datasets[record.dataset]
-    dataset_params = dataset_cls.params_type.model_validate(record.dataset_params)
-    space = dataset_cls(dataset_params).space
-    codes = codes_of(model_cls, dataset_cls)
-    params = record.model_params
-    if not as_fitted:
-        given = model_cls.params_type.model_validate(params)
-        params = model_cls.resolve(given, space).settings()
-    for draw, drawn in record.draws.items() or [("5x1000", None)]:
-        n_draws, _, n_samples = draw.partition("x")
-        known = codes
-        if as_fitted:
-            known = replace(codes, fit=record.code, draw=drawn.code if drawn else codes.draw)
-        yield Job(
-            record.model,
-            record.family,
-            record.dataset,
-            params,
-            dataset_params.settings(),
-            record.seed,
-            int(n_samples),
-            int(n_draws),
-            space,
-            known,
-            (registry.shipped_by(model_cls), registry.shipped_by(dataset_cls)),
-            record.changed,
-            fingerprint=record.fingerprint if as_fitted else "",
-        )
 
 
 def identify_data(plan: Plan, registry: Registry, sources: Sources) -> Plan:

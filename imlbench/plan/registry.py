@@ -28,8 +28,8 @@ from imlbench.api import (
 from imlbench.api.capabilities import members
 from imlbench.api.params import AnyPlugin, Params
 from imlbench.errors import ANYTHING, UserError, brief, unknown
+from imlbench.plan.installed import GROUP
 
-GROUP = "imlbench"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Names become parts of files and columns."""
 

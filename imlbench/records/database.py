@@ -14,6 +14,7 @@ import shutil
 import sqlite3
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,7 +65,7 @@ class Database:
     def __init__(self, root: Path) -> None:
         self.path = (root / "mlflow.db").resolve()
         self.artifacts = root / "mlartifacts"
-        self._link: tempfile.TemporaryDirectory[str] | None = None
+        self._unlink: Callable[[], object] | None = None
         self._client: MlflowClient | None = None
         self._inode: tuple[int, int] | None = None
 
@@ -96,9 +97,9 @@ class Database:
         """Let go of the file."""
         if self._client is not None:
             _dispose(self._client)
-        if self._link is not None:
-            self._link.cleanup()
-        self._client = self._link = self._inode = None
+        if self._unlink is not None:
+            self._unlink()
+        self._client = self._unlink = self._inode = None
 
     def set_aside(self) -> Path:
         """Rename what is damaged, with all that belongs to it; return its new name."""
@@ -176,8 +177,9 @@ class Database:
 
         # Or it makes a folder "mlruns" in the current one.
         os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = self.artifacts.as_uri()
-        self._link = tempfile.TemporaryDirectory(prefix="imlbench-")
-        return MlflowClient(tracking_uri=_address(path, Path(self._link.name)))
+        folder = tempfile.mkdtemp(prefix="imlbench-")
+        self._unlink = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return MlflowClient(tracking_uri=_address(path, Path(folder)))
 
     def _relocate(self) -> None:
         """Let the database of a folder that was moved or copied speak of where it now is.
@@ -239,7 +241,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error, what caused it, and so on."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def is_of_the_disk(error: BaseException) -> bool:
@@ -264,8 +266,9 @@ def _code(error: BaseException) -> int | None:
 def said(error: BaseException) -> str:
     """Return what an error says, in one line."""
     causes = list(chain(error))
-    known = (cause for cause in causes if isinstance(cause, sqlite3.Error | DamagedError))
-    cause = next(known, error)
+    of_sqlite = [cause for cause in causes if isinstance(cause, sqlite3.Error | DamagedError)]
+    of_the_system = [cause for cause in reversed(causes) if isinstance(cause, OSError)]
+    cause = [*of_sqlite, *of_the_system, error][0]
     return plain(str(cause), 300) or type(cause).__name__
 
 
@@ -301,11 +304,13 @@ def _current_version() -> str:
 def _make(path: Path) -> None:
     """Make a database's tables, or bring them to the form of the MLflow that is installed."""
     from mlflow.store.db import utils
+    from sqlalchemy import event
 
     with contextlib.closing(sqlite3.connect(path)) as connection:
         is_new = connection.execute("SELECT 1 FROM sqlite_master").fetchone() is None
     with tempfile.TemporaryDirectory(prefix="imlbench-") as folder:
         engine = utils.create_sqlalchemy_engine(_address(path, Path(folder)))
+        event.listen(engine, "connect", _hurry)
         try:
             if is_new:
                 utils._initialize_tables(engine)
@@ -313,6 +318,11 @@ def _make(path: Path) -> None:
                 utils._upgrade_db(engine)
         finally:
             engine.dispose()
+
+
+def _hurry(connection: sqlite3.Connection, record: object) -> None:
+    """Wait for the disk once, at the end: what is not complete by then is thrown away."""
+    connection.execute("PRAGMA synchronous = OFF")
 
 
 def _dispose(client: MlflowClient) -> None:

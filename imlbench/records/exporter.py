@@ -63,6 +63,7 @@ class Exporter:
         self.poll()
         if jobs and self._n_deaths < _MOST_DEATHS and self._start():
             self._send({"jobs": jobs})
+            self.poll()
 
     def poll(self) -> None:
         """Take the answers that have come; return at once."""
@@ -131,24 +132,21 @@ class Exporter:
     def _start(self) -> bool:
         """Start the process if none runs; False if there can be none."""
         if self._child is None:
+            settings = {
+                "results": str(self._store.root.resolve()),
+                "uri": self._uri,
+                "with_tensors": self._with_tensors,
+            }
             try:
-                self._child = _Child(self._store)
+                self._child = _Child(self._store, settings)
             except OSError as error:
                 self._problem = self._cannot(f"its process cannot be started: {error.strerror}")
                 return False
-            self._send(
-                {
-                    "results": str(self._store.root.resolve()),
-                    "uri": self._uri,
-                    "with_tensors": self._with_tensors,
-                }
-            )
         return True
 
     def _send(self, line: _Line) -> None:
         assert self._child is not None
-        self._child.outbox += json.dumps(line).encode() + b"\n"
-        self.poll()
+        self._child.outbox += _encoded(line)
 
     def _receive(self, answers: Sequence[_Line]) -> bool:
         """Note what the process has answered; True if it is done."""
@@ -202,13 +200,14 @@ class _Child:
 
     Arguments:
         store: The results folder.
+        settings: What it has to know first.
 
     Attributes:
         outbox: What has not been sent yet.
         is_silent: It has closed its output, and ends or has ended.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, settings: _Line) -> None:
         with _log(store) as log:
             self._process = subprocess.Popen(
                 # -P: the folder that this was started in is no place to import from.
@@ -225,7 +224,7 @@ class _Child:
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
         for pipe in (self._stdin, self._stdout):
             os.set_blocking(pipe.fileno(), False)
-        self.outbox = b""
+        self.outbox = _encoded(settings)
         self.is_silent = False
         self._rest = b""
 
@@ -282,6 +281,10 @@ def _log(store: Store) -> Iterator[Any]:
         return
     with log:
         yield log
+
+
+def _encoded(line: _Line) -> bytes:
+    return json.dumps(line).encode() + b"\n"
 
 
 def _parsed(lines: Sequence[bytes]) -> Iterator[_Line]:
@@ -380,7 +383,7 @@ class _Service:
 
     def _answer(self, line: _Line) -> None:
         try:
-            os.write(self._answers, json.dumps(line).encode() + b"\n")
+            os.write(self._answers, _encoded(line))
         except BrokenPipeError:
             os._exit(1)  # the parent is gone, and the next run logs the rest
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import JsonValue, TypeAdapter
 
 from imlbench.records.record import File
 
@@ -151,12 +151,24 @@ def unseal(content: bytes) -> bytes:
     return b"{" + rest
 
 
+def write_facts(path: Path, facts: Mapping[str, JsonValue]) -> None:
+    """Write facts as sealed JSON."""
+    write_text(path, seal(json.dumps(facts)) + "\n")
+
+
+def read_facts(path: Path) -> dict[str, JsonValue] | None:
+    """Return what :func:`write_facts` wrote; ``None`` if there is none that can be read."""
+    try:
+        return _FACTS.validate_json(unseal(path.read_bytes().rstrip(b"\n")))
+    except (OSError, ValueError):
+        return None
+
+
 def write_sealed(base: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, JsonValue]) -> None:
     """Write tensors and facts about them as ``<base>.safetensors`` and ``<base>.json``."""
     data = base.with_name(f"{base.name}.safetensors")
     write_tensors(data, tensors)
-    text = json.dumps({"tensors": sha256(data), **facts})
-    write_text(base.with_name(f"{base.name}.json"), seal(text) + "\n")
+    write_facts(base.with_name(f"{base.name}.json"), {"tensors": sha256(data), **facts})
 
 
 def read_sealed(base: Path) -> tuple[dict[str, Tensor], dict[str, JsonValue]] | None:
@@ -166,14 +178,13 @@ def read_sealed(base: Path) -> tuple[dict[str, Tensor], dict[str, JsonValue]] | 
     data, facts = (base.with_name(f"{base.name}.{form}") for form in ("safetensors", "json"))
     if not facts.exists() and not data.exists():
         return None
+    known = read_facts(facts)
     try:
-        known = _FACTS.validate_json(unseal(facts.read_bytes().rstrip(b"\n")))
         content = data.read_bytes()
-        if hashlib.sha256(content).hexdigest() != known.pop("tensors", None):
-            raise ValueError("its SHA-256 is not the one that was recorded")
+        if known is None or hashlib.sha256(content).hexdigest() != known.pop("tensors", None):
+            raise ValueError("it, or what is known of it, is damaged")
         return load(content), known
-    except (OSError, ValueError, ValidationError) as error:
-        logger.warning("%s: %s", data, error)
+    except (OSError, ValueError):
         for path in (data, facts):
             if path.exists():
                 set_aside(path)

@@ -137,6 +137,7 @@ class Tracker:
         self._remote: MlflowClient | None = None
         self._experiment: tuple[MlflowClient, str] | None = None
         self._strikes = 0
+        self._has_logged = False
         self.problem = ""
         self.notes: list[str] = []
 
@@ -167,7 +168,6 @@ class Tracker:
 
     def _log_missing(self, folders: Sequence[JobFolder], refused: dict[str, str]) -> None:
         """Log jobs one by one, letting other processes log theirs in between."""
-        has_logged = False
         for folder in self._missing(folders):
             job = folder.path.name
             self._report("at", job, "")
@@ -177,11 +177,12 @@ class Tracker:
                 refused[job] = reason
             else:
                 refused.pop(job, None)
-                has_logged = True
+                self._has_logged = True
             self._report("refused" if reason else "logged", job, reason)
-        if has_logged and len(folders) > 1:
+        if self._has_logged and len(folders) > 1:
             with self._opened() as (client, experiment):
                 self._offer_view(client, experiment, folders)
+            self._has_logged = False
 
     def _missing(self, folders: Sequence[JobFolder]) -> list[JobFolder]:
         """Return the folders that the server lacks, or may lack if they are few."""
@@ -304,10 +305,10 @@ class Tracker:
         """Let no other imlbench log from the same folder meanwhile."""
         try:
             guard = lock(self.store.root / "locks" / "mlflow.lock").acquire(timeout=_PATIENCE)
-        except Timeout as error:
+        except Timeout:
             raise TimeoutError(
                 f"another imlbench has been writing to it for {_PATIENCE:g} s"
-            ) from error
+            ) from None
         with guard:
             yield
 

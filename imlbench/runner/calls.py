@@ -24,6 +24,9 @@ from imlbench.runner.requests import (
     ReadData,
 )
 
+LONGEST_LOAD = 3600.0
+"""Seconds that a dataset may take to be read, downloads and decoding included."""
+
 
 def make_plan(pool: Pool, benchmark: Benchmark) -> Plan:
     """Expand a benchmark; a pair of model and dataset that ends the process is left out.
@@ -39,7 +42,7 @@ def make_plan(pool: Pool, benchmark: Benchmark) -> Plan:
         except PydanticSerializationError as error:
             raise UserError(f"set: values must be numbers, texts or lists; got {error}.") from error
         try:
-            return PLAN.validate_json(pool.call(request, limit=pool.limit))
+            return PLAN.validate_json(pool.call(request, limit=pool.limit()))
         except TaskDied as died:
             if not died.step or died.step in barred:
                 raise UserError(f"plan: it cannot be made; {died}.") from died
@@ -57,7 +60,7 @@ def plan_again(
     pool.warm()
     request = PlanAgain(benchmark, results.resolve(), tuple(jobs), as_fitted)
     try:
-        return PLAN.validate_json(pool.call(REQUEST.dump_json(request), limit=pool.limit))
+        return PLAN.validate_json(pool.call(REQUEST.dump_json(request), limit=pool.limit()))
     except TaskDied as died:
         raise UserError(f"plan: it cannot be made; {died}.") from died
 
@@ -66,7 +69,6 @@ def read_data(
     pool: Pool,
     plan: Plan,
     sources: Sources,
-    time_limit: float | None,
     tell: Callable[[str], None] = lambda step: None,
 ) -> Plan:
     """Read every dataset once and enter its fingerprint into its jobs.
@@ -78,7 +80,6 @@ def read_data(
         pool: Where it is done.
         plan: The plan.
         sources: Where the data are.
-        time_limit: Seconds for each dataset.
         tell: Called with what is being read.
 
     Raises:
@@ -89,7 +90,7 @@ def read_data(
     for key, job in plan.data.items():
         try:
             request = REQUEST.dump_json(ReadData(job, sources))
-            found[key] = json.loads(pool.call(request, tell, time_limit))["answer"]
+            found[key] = json.loads(pool.call(request, tell, pool.limit(LONGEST_LOAD)))["answer"]
         except UserError as error:
             errors += error.messages
         except TaskDied as died:
@@ -99,13 +100,9 @@ def read_data(
     return plan.with_fingerprints(found)
 
 
-def describe(pool: Pool, name: str | None) -> str:
-    """Return the description of a plugin, or of all.
-
-    Raises:
-        UserError: There is none of that name.
-    """
-    answer: str = _ask(pool, Describe(name))
+def describe(pool: Pool) -> dict[str, str]:
+    """Return the descriptions of all plugins, by name, and of all together, by the empty name."""
+    answer: dict[str, str] = _ask(pool, Describe())
     return answer
 
 
@@ -117,6 +114,6 @@ def count_devices(pool: Pool) -> int:
 
 def _ask(pool: Pool, request: Describe | CountDevices) -> Any:
     try:
-        return json.loads(pool.call(REQUEST.dump_json(request), limit=pool.limit))["answer"]
+        return json.loads(pool.call(REQUEST.dump_json(request), limit=pool.limit()))["answer"]
     except TaskDied as died:
         raise UserError(f"{request.kind}: cannot be told; {died}.") from died

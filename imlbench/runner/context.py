@@ -23,7 +23,7 @@ from imlbench.runner.plain import as_json
 from imlbench.runner.resuming import Checkpoints
 
 MOST_POINTS = 20_000
-"""Points of learning curves; of more, every second one is left out, over and over."""
+"""Points that are kept of one learning curve of more steps."""
 
 
 class StageIsTaken(BaseException):
@@ -58,6 +58,7 @@ class JobContext(FitContext):
         used: What was recorded.
         stages_used: Names of the stages that were fitted or found.
         seconds_reused: What the stages took that another job had fitted.
+        seconds_staged: What the stages took that this job has fitted, also before it was ended.
     """
 
     def __init__(
@@ -75,17 +76,26 @@ class JobContext(FitContext):
         self.device, self.seed, self._home = device, job.seed, home
         self._data = [job.dataset, job.fingerprint]
         self._stages, self._report, self._refit_before = stages, report, refit_before
-        self._every, self._stride, self._n_reports = checkpoint_every, 1, 0
+        self._every = checkpoint_every
         self.curves: list[Point] = []
         self.used: dict[str, JsonValue] = {}
         self.stages_used: list[str] = []
-        self.seconds_reused = 0.0
+        self.seconds_reused = self.seconds_staged = self._spent = 0.0
         self.checkpoints = self._checkpoints_in(checkpoints)
 
     def _checkpoints_in(self, folder: Path) -> Checkpoints:
         return Checkpoints(
-            folder, self._every, self.curves, self.used, not_before=self._refit_before
+            folder,
+            self._every,
+            self.curves,
+            self.used,
+            not_before=self._refit_before,
+            clock=self.seconds,
         )
+
+    def seconds(self) -> float:
+        """Return the time of a clock that stands still while a stage is fitted."""
+        return time.perf_counter() - self._spent
 
     def generator(self, purpose: str, device: torch.device | str | None = None) -> torch.Generator:
         return self.checkpoints.tracked(purpose, super().generator(purpose, device))
@@ -99,12 +109,11 @@ class JobContext(FitContext):
             if not math.isfinite(value):
                 raise Diverged(stage, step, f"{name} is {value}")
         point = Point(stage=str(stage), step=int(step), n_steps=int(n_steps), values=plain)
-        if self._n_reports % self._stride == 0 or point.step == point.n_steps:
+        every = math.ceil(point.n_steps / MOST_POINTS)
+        if len(self.curves) < 10 * MOST_POINTS and (
+            point.step % every == 0 or point.step == point.n_steps
+        ):
             self.curves.append(point)
-        self._n_reports += 1
-        if len(self.curves) > MOST_POINTS:
-            del self.curves[1::2]
-            self._stride *= 2
         self._report(point)
 
     def record(self, **facts: JsonValue) -> None:
@@ -147,8 +156,9 @@ class JobContext(FitContext):
         self.checkpoints = self._checkpoints_in(base.with_name(f"{base.name}.fit"))
         try:
             fit()
-            outer.seconds_before += self.checkpoints.seconds_before
-            seconds = time.perf_counter() - start + self.checkpoints.seconds_before
+            spent = time.perf_counter() - start
+            seconds = spent + self.checkpoints.seconds_before
+            self.seconds_staged += seconds
             facts: dict[str, JsonValue] = {
                 "seconds": seconds,
                 "curves": [point.model_dump(mode="json") for point in self.curves[n_curves:]],
@@ -157,6 +167,7 @@ class JobContext(FitContext):
             write_sealed(base, module.state_dict(), facts)
             self.checkpoints.clear()
         finally:
+            self._spent += time.perf_counter() - start
             self.checkpoints = outer
 
     def _load(self, base: Path, module: nn.Module) -> bool:

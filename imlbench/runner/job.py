@@ -23,7 +23,6 @@ from imlbench.api.randomness import make_generator
 from imlbench.errors import ANYTHING, DataError, UserError, brief
 from imlbench.plan.identity import digest
 from imlbench.plan.jobs import Job, Task
-from imlbench.plan.planning import have_changed
 from imlbench.plan.registry import Registry
 from imlbench.records.files import (
     describe,
@@ -61,15 +60,12 @@ def run_job(assignment: Assignment, registry: Registry, send: Send = lambda even
 
     Raises:
         Diverged: Training failed numerically.
-        UserError: The data are missing or damaged, or the code is another than was planned.
+        UserError: The data, or the files of a job that is not to be fitted, are damaged.
         Exception: Whatever a plugin raises.
     """
     job, folder, device = assignment.job, assignment.folder, torch.device(assignment.device)
-    tasks = assignment.metrics, assignment.artifacts
-    if have_changed(job, *tasks, registry, is_fitted=assignment.is_fitted):
-        raise UserError("the code changed during the run. Run again.")
     record = _open_folder(assignment)
-    if record.is_complete(job, *tasks):
+    if record.is_complete(job, assignment.metrics, assignment.artifacts):
         return record  # another process was faster
     record = folder.write(
         record.model_copy(update={"status": None, "reason": "", "confirmed": time.time()})
@@ -159,12 +155,12 @@ def _fit(
     send(Began(step="fit"))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
+    start = context.seconds()
     fit(model, splits, context)
-    seconds = time.perf_counter() - start + context.checkpoints.seconds_before
+    seconds = context.seconds() - start + context.checkpoints.seconds_before
     checkpoint, curves = folder.write_fit(model.state_dict(), context.curves)
     done = Fit(
-        seconds=seconds + context.seconds_reused,
+        seconds=seconds + context.seconds_staged + context.seconds_reused,
         seconds_reused=context.seconds_reused,
         peak_memory_bytes=peak_memory(device),
         n_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),

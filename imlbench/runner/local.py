@@ -50,7 +50,6 @@ class LocalRunner:
         self._devices, self._n_slots = devices, n_slots
         self._pool, self._owns_pool = pool or Pool(), pool is None
         self._active: dict[int, _Active] = {}
-        self._preloaded: set[str] = set()
 
     def n_free(self) -> int:
         """Return how many more jobs can be started now."""
@@ -95,7 +94,7 @@ class LocalRunner:
     def _hear(self, active: _Active, line: bytes) -> Event | None:
         """Return what a job says; its end is told when its process has ended."""
         if line.startswith(b'{"imported"'):
-            self._learn(line)
+            self._pool.preload(json.loads(line)["imported"])
             return None
         try:
             event = EVENT.validate_json(line)
@@ -105,13 +104,6 @@ class LocalRunner:
             active.last = event
             return None
         return event
-
-    def _learn(self, line: bytes) -> None:
-        """Let the server import what this job had to import, for the next ones."""
-        names = [name for name in json.loads(line)["imported"] if name not in self._preloaded]
-        if names:
-            self._preloaded.update(names)
-            self._pool.preload(names)
 
     def stop(self, job: str) -> None:
         """End a job and all that it has started."""

@@ -99,6 +99,7 @@ class Pool:
     def __init__(self) -> None:
         self.broken: dict[str, str] = {}
         self._barred: dict[str, str] = {}
+        self._preloaded: set[str] = set()
         self._process: subprocess.Popen[bytes] | None = None
         self._tasks: dict[int, _Task] = {}
         self._number = 0
@@ -110,14 +111,17 @@ class Pool:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    @property
-    def limit(self) -> float:
-        """How long a plugin may be silent, in seconds.
+    @staticmethod
+    def limit(usual: float = 60.0) -> float:
+        """Return how long a plugin may be silent, in seconds.
+
+        Arguments:
+            usual: If ``$IMLBENCH_PLUGIN_LIMIT`` does not say it.
 
         Raises:
             UserError: ``$IMLBENCH_PLUGIN_LIMIT`` is no number of seconds.
         """
-        text = os.environ.get(LIMIT) or "60"
+        text = os.environ.get(LIMIT) or str(usual)
         try:
             seconds = float(text)
         except ValueError:
@@ -132,7 +136,7 @@ class Pool:
             return
         self._control, far = socket.socketpair()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - until the server ends
-        self._rest, self._is_ready = b"", False
+        self._rest, self._is_ready, self._preloaded = b"", False, set()
         with far:
             self._process = subprocess.Popen(
                 # -P: the folder that this was started in is no place to import from.
@@ -163,7 +167,7 @@ class Pool:
     def _greet(self) -> tuple[str, str] | None:
         """Wait until the server is ready; return which plugin has ended it, and how, if one has."""
         assert self._process is not None
-        importing, patience = "", self.limit
+        importing, patience = "", self.limit()
         while True:
             self._control.settimeout(patience)
             try:
@@ -248,8 +252,11 @@ class Pool:
         self._ask({"warm": True})
 
     def preload(self, names: Sequence[str]) -> None:
-        """Let the server import modules, so that later tasks need not."""
-        self._ask({"import": list(names)})
+        """Let the server import modules that a task had to import, so that later ones need not."""
+        new = [name for name in names if name not in self._preloaded]
+        if new:
+            self._preloaded.update(new)
+            self._ask({"import": new})
 
     def wait(self, seconds: float) -> list[tuple[int, bytes | Exit]]:
         """Return what tasks have said, and how they ended, as soon as there is something.
@@ -329,10 +336,11 @@ class Pool:
                     if answer.startswith(b'{"errors"'):
                         raise UserError(*json.loads(answer)["errors"])
                     return answer
-                told = json.loads(said) if len(said) < 4096 else {}
-                if "step" in told:
-                    step = told["step"]
+                if said.startswith(b'{"step"'):
+                    step = json.loads(said)["step"]
                     tell(step)
+                elif said.startswith(b'{"imported"'):
+                    self.preload(json.loads(said)["imported"])
                 else:
                     answer = said
 
@@ -355,6 +363,7 @@ class Pool:
             self._process.kill()
         self._process.wait()
         self._process = None
+        self._log.close()
 
 
 def _environment() -> dict[str, str]:

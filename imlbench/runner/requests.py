@@ -66,9 +66,8 @@ class ReadData:
 
 @dataclass(frozen=True)
 class Describe:
-    """Describe a plugin, or all; the answer is a text."""
+    """Describe the plugins: a text for each by its name, and one for all by the empty name."""
 
-    name: str | None
     kind: Literal["describe"] = "describe"
 
 

@@ -42,7 +42,8 @@ class Checkpoints:
         interval: Seconds from the beginning of a loop to the first file, and from one to the next;
             0 for every step, infinity for none. The end of a loop is kept if an earlier step was,
             so that it is not repeated, and a loop that is shorter than this writes nothing.
-        curves: What was reported; changed in place when a loop goes on.
+        curves: What was reported; changed in place when a loop goes on. What it holds already is
+            left alone and not kept: a stage that jobs share may go on in another job.
         used: What was recorded; likewise.
         not_before: Files from before this time are not used; in seconds since 1970.
         clock: Seconds that the fit has taken; by default those that pass.
@@ -65,6 +66,7 @@ class Checkpoints:
     ) -> None:
         self.interval, self.seconds_before = interval, 0.0
         self._folder, self._curves, self._used = folder, curves, used
+        self._n_before, self._used_before = len(curves), dict(used)
         self._not_before, self._clock, self._start = not_before, clock, clock()
         self._generators: dict[str, torch.Generator] = {}
         self._begun: list[str] = []
@@ -104,18 +106,19 @@ class Checkpoints:
 
     def _path(self, stage: str) -> Path:
         """Return the file of a loop that begins now."""
-        place = f"{stage} after {len(self._curves)}"
+        place = f"{stage} after {len(self._curves) - self._n_before}"
         number = self._begun.count(place)
         self._begun.append(place)
         name = hashlib.sha256(f"{place} {number}".encode()).hexdigest()[:16]
         return self._folder / f"{name}.pt"
 
     def _keep(self, path: Path, snapshot: _Snapshot, step: int) -> None:
+        before = self._used_before.items()
         content = {
             "step": step,
             "seconds": self._seconds,
-            "curves": _CURVES.dump_json(self._curves).decode(),
-            "used": self._used,
+            "curves": _CURVES.dump_json(self._curves[self._n_before :]).decode(),
+            "used": {n: v for n, v in self._used.items() if (n, v) not in before},
             "state": snapshot.take(),
         }
         try:
@@ -139,7 +142,7 @@ class Checkpoints:
             logger.warning("%s is not used, as it is damaged or of another fit: %s", path, error)
             snapshot.put_back(_opened(before))
             return 0
-        self._curves[:] = curves
+        self._curves[self._n_before :] = curves
         self._used |= used
         self.seconds_before = seconds - (self._clock() - self._start)
         return step

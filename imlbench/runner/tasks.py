@@ -20,11 +20,12 @@ import torch
 
 from imlbench.errors import ANYTHING, Diverged, UserError, brief, plain
 from imlbench.plan.describe import describe_all, describe_one
-from imlbench.plan.planning import fingerprint, make_plan, plan_again
+from imlbench.plan.planning import fingerprint, have_changed, make_plan
 from imlbench.plan.registry import Registry
 from imlbench.records.folder import Store
 from imlbench.records.record import Status
 from imlbench.runner import requests
+from imlbench.runner.again import plan_again
 from imlbench.runner.context import StageIsTaken
 from imlbench.runner.contract import Assignment, Ended, Event, Noticed, Progress, Waits
 from imlbench.runner.job import run_job
@@ -55,9 +56,12 @@ def carry_out(task: int, events: int, registry: Registry) -> NoReturn:
             request = REQUEST.validate_json(file.read())
         if isinstance(request, requests.Run):
             _run(request.assignment, registry, tell)
-            tell(json.dumps({"imported": _new_modules(before)}).encode())
+            answer = b""
         else:
-            tell(_answer(request, registry, tell))
+            answer = _answer(request, registry, tell)
+        tell(json.dumps({"imported": _new_modules(before)}).encode())
+        if answer:
+            tell(answer)
         code = 0
     except BrokenPipeError:  # nobody waits for this any more
         pass
@@ -89,9 +93,9 @@ def _answer(request: requests.Request, registry: Registry, tell: Tell) -> bytes:
             case requests.ReadData(job, sources):
                 announce(f"dataset {job.dataset}")
                 return json.dumps({"answer": fingerprint(job, registry, sources)}).encode()
-            case requests.Describe(name):
-                text = describe_one(registry, name) if name else describe_all(registry)
-                return json.dumps({"answer": text}).encode()
+            case requests.Describe():
+                texts = {name: describe_one(registry, name) for name in registry.classes}
+                return json.dumps({"answer": {"": describe_all(registry), **texts}}).encode()
             case requests.CountDevices():
                 return json.dumps({"answer": torch.cuda.device_count()}).encode()
             case _:
@@ -141,7 +145,10 @@ def _set_threads(n_threads: int) -> None:
 def _attempt(
     assignment: Assignment, registry: Registry, send: Callable[[Event], None]
 ) -> tuple[Status, str]:
+    tasks = assignment.metrics, assignment.artifacts
     try:
+        if have_changed(assignment.job, *tasks, registry, is_fitted=assignment.is_fitted):
+            raise UserError("the code changed during the run. Run again.")
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
         run_job(assignment, registry, send)

@@ -76,17 +76,17 @@ def main(
     rows = json.loads(kept.read_text(encoding="utf-8")) if kept and kept.exists() else {}
     folder = Path(tempfile.mkdtemp(prefix="campaign-"))
     lab = Lab(folder, seed, scale)
-    engine = Engine(lab, keep=keep, tell=lambda line: click.echo(ascii(line)[1:-1][:400]))
+    engine = Engine(lab, keep=keep, like=like, tell=_tell)
     n_bad = 0
     try:
         for fault_class in CLASSES:
             if only and fault_class.name not in only:
                 continue
-            trials = [t for t in fault_class.trials(lab) if any(like in f for f in t.faults)]
             if list_:
-                click.echo(f"{fault_class.name}: {sum(len(t.faults) for t in trials)} faults")
+                chosen = engine.choose(fault_class.name, fault_class.trials(lab))
+                click.echo(f"{fault_class.name}: {sum(len(t.faults) for t in chosen)} faults")
                 continue
-            tally = engine.run(fault_class.name, trials)
+            tally = engine.run(fault_class.name, fault_class.trials(lab))
             row = report.make_row(tally, seed, scale)
             counts = ", ".join(f"{kind} {n}" for kind, n in row["kinds"].items())
             click.echo(
@@ -104,6 +104,11 @@ def main(
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
     sys.exit(1 if n_bad else 0)
+
+
+def _tell(line: str) -> None:
+    """Print a line, without anything that a terminal could take for a command."""
+    click.echo(ascii(line)[1:-1][:400])
 
 
 if __name__ == "__main__":

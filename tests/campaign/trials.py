@@ -159,17 +159,20 @@ class Engine:
 
     Arguments:
         lab: What they share.
-        keep: Whether to keep the folders of faults that were not survived.
-        tell: Called with a line for each of these.
+        keep: Whether to keep the folders of trials.
+        like: Only trials with this in the name of a fault.
+        tell: Called with a line for each fault that was not survived.
     """
 
-    def __init__(self, lab: Lab, *, keep: bool, tell: Callable[[str], None]) -> None:
-        self._lab, self._keep, self._tell = lab, keep, tell
+    def __init__(
+        self, lab: Lab, *, keep: bool = False, like: str = "", tell: Callable[[str], None] = print
+    ) -> None:
+        self._lab, self._keep, self._like, self._tell = lab, keep, like, tell
 
     def run(self, name: str, trials: Iterable[Trial]) -> Tally:
         """Return what came of all trials of a class."""
         tally, start, lock = Tally(), time.monotonic(), threading.Lock()
-        chosen = self._choose(name, list(trials))
+        chosen = self.choose(name, trials)
         here = [trial for trial in chosen if not trial.everywhere]
         with processors() as free:
 
@@ -185,12 +188,14 @@ class Engine:
         tally.seconds = time.monotonic() - start
         return tally
 
-    def _choose(self, name: str, trials: list[Trial]) -> list[Trial]:
-        """Return a part of the trials, if the scale says so."""
+    def choose(self, name: str, trials: Iterable[Trial]) -> list[Trial]:
+        """Return those trials of a class that are wanted: a random part, if the scale says so."""
+        with on_processors({min(all_processors())}):  # as every trial, for equal numbers of threads
+            found = [trial for trial in trials if any(self._like in f for f in trial.faults)]
         if self._lab.scale >= 1:
-            return trials
-        n = max(1, round(len(trials) * self._lab.scale))
-        return self._lab.random(name).sample(trials, n)
+            return found
+        n = max(1, round(len(found) * self._lab.scale))
+        return self._lab.random(name).sample(found, min(n, len(found)))
 
     def _carry_out(self, trial: Trial, own: set[int], tally: Tally, lock: threading.Lock) -> None:
         folder = Path(tempfile.mkdtemp(dir=self._lab.folder, prefix="trial-"))

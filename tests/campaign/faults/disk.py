@@ -93,15 +93,14 @@ Mount = Callable[[str], list[str]]
 def trials(lab: Lab) -> Iterator[Trial]:
     """Yield trials of full disks of three kinds, and of folders that cannot be written to."""
     chance = lab.random("disk")
-    for _ in lab.times(BYTES):
-        kilobytes = round(2 ** chance.uniform(0, 11))
-        yield single(f"no file above {kilobytes} kB", partial(_limited, lab, kilobytes))
-    for _ in lab.times(BYTES):
-        kilobytes = round(2 ** chance.uniform(0, 12))
-        yield single(f"write fails after {kilobytes} kB", partial(_shimmed, lab, kilobytes))
-    for _ in lab.times(BYTES):
-        kilobytes = round(2 ** chance.uniform(6, 12))
-        yield single(f"disk of {kilobytes} kB", partial(_small_disk, lab, kilobytes))
+    for name, run, most in (
+        ("no file above", _limited, 20),
+        ("write fails after", _shimmed, 21),
+        ("disk of", _small_disk, 21),
+    ):
+        for _ in lab.times(BYTES):
+            n_bytes = round(2 ** chance.uniform(8, most))
+            yield single(f"{name} {n_bytes} bytes", partial(run, lab, n_bytes))
     for kind in ("mounted read-only", "owned by another user"):
         for name, command, codes in (
             ("run on a new folder", "run", {2}),
@@ -121,21 +120,21 @@ def _judge(place: Place, truth: Truth, answer: Answer) -> list[Problem]:
     return problems + rerun(place, truth)[0]
 
 
-def _limited(lab: Lab, kilobytes: int, place: Place) -> list[Problem]:
+def _limited(lab: Lab, n_bytes: int, place: Place) -> list[Problem]:
     """Let no file grow above a size: writing fails as on a full disk, with another error."""
     truth = lab.truth(BASIC)
 
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024,) * 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes,) * 2)
 
     return _judge(place, truth, place.imlbench(*truth.arguments, before=limit))
 
 
-def _shimmed(lab: Lab, kilobytes: int, place: Place) -> list[Problem]:
+def _shimmed(lab: Lab, n_bytes: int, place: Place) -> list[Problem]:
     """Let all processes together write so many bytes into the results folder."""
     truth = lab.truth(BASIC)
     shim, left = _compiled(lab), place.folder / "left"
-    left.write_bytes((kilobytes * 1024).to_bytes(8, sys.byteorder, signed=True))
+    left.write_bytes((n_bytes).to_bytes(8, sys.byteorder, signed=True))
     environment = {
         "LD_PRELOAD": str(shim),
         "DISK_LEFT": str(left),
@@ -195,12 +194,12 @@ def _mount(inside: tuple[str, ...], *arguments: str) -> None:
         raise Skipped(f"mount is not permitted: {made.stderr.strip()}")
 
 
-def _small_disk(lab: Lab, kilobytes: int, place: Place) -> list[Problem]:
+def _small_disk(lab: Lab, n_bytes: int, place: Place) -> list[Problem]:
     """Run on a disk of its own, in memory; then give it more room."""
     truth = lab.truth(BASIC)
     place.results.mkdir()
     with _namespace(place) as mount:
-        mount("-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(place.results))
+        mount("-t", "tmpfs", "-o", f"size={n_bytes}", "tmpfs", str(place.results))
         answer = place.imlbench(*truth.arguments)
         mount("-o", "remount,size=1g", str(place.results))
         inside = Path(f"/proc/{place.prefix[2]}/root")

@@ -121,9 +121,21 @@ def trials(lab: Lab) -> Iterator[Trial]:
         (sharing, sharing, True),
         (sharing_begun, sharing, True),
     ):
-        form = "finished" if start is end else "half-finished"
-        for damages in _packed(_damages(start.results, is_shared)):
-            yield _trial(lab, form, start, end, damages)
+        yield from trials_on(lab, start, end, is_shared=is_shared)
+
+
+def trials_on(lab: Lab, start: Truth, end: Truth, *, is_shared: bool) -> Iterator[Trial]:
+    """Yield trials on one folder.
+
+    Arguments:
+        lab: What trials share.
+        start: The folder that is damaged.
+        end: What the command that is run then must come to.
+        is_shared: Damage the files that jobs share, not their own.
+    """
+    form = "finished" if start is end else "half-finished"
+    for damages in _packed(_damages(start.results, is_shared)):
+        yield _trial(lab, form, start, end, damages)
 
 
 def _damages(results: Path, is_shared: bool) -> list[Damage]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,9 @@ from tests.campaign.faults import FaultClass
 from tests.campaign.oracle import Problem, files_in, judge_mistake
 from tests.campaign.process import Place
 from tests.campaign.trials import Lab, Trial, single
+
+MOST_MEMORY = 4 * 2**30
+"""Bytes that a command may have; half of it is too much already."""
 
 RUN = ("run", "--models", "vae", "--datasets", "toy-2d")
 
@@ -228,13 +232,18 @@ def trials(lab: Lab) -> Iterator[Trial]:
         yield single(f"benchmarks.toml: {name}", partial(_ask_with, make))
 
 
+def _limit_memory() -> None:
+    """Let what asks for far too much fail, before it takes the machine's memory from others."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY,) * 2)
+
+
 def _ask(mistake: Mistake, place: Place) -> list[Problem]:
     if mistake.toml is not None:
         (place.work / "benchmarks.toml").write_bytes(mistake.toml)
     (place.work / "file").write_text("a file\n")
     (place.work / "loop").symlink_to("loop")
     before = files_in(place.work)
-    answer = place.imlbench(*mistake.arguments)
+    answer = place.imlbench(*mistake.arguments, before=_limit_memory)
     return list(judge_mistake(answer, place, before, mistake.expected))
 
 
@@ -242,7 +251,7 @@ def _ask_with(make: Callable[[Path], object], place: Place) -> list[Problem]:
     """Name a file of benchmarks that is none, and must be left after little of it was read."""
     make(place.work / "odd.toml")
     before = files_in(place.work)
-    answer = place.imlbench("run", "a", "--config", "odd.toml")
+    answer = place.imlbench("run", "a", "--config", "odd.toml", before=_limit_memory)
     return list(judge_mistake(answer, place, before))
 
 

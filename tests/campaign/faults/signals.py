@@ -104,11 +104,11 @@ def trials(lab: Lab) -> Iterator[Trial]:
         for shot_name, shot in SHOTS.items():
             for _ in lab.times(MOMENTS):
                 moment = chance.uniform(0.02, 0.98)
-                name = f"{shot_name} to {target} at {moment:.2f} of the run"
+                name = f"{shot_name} to {target} at {moment:.4f} of the run"
                 yield single(name, partial(_shoot, lab, find, shot, moment))
     for _ in lab.times(2 * MOMENTS):
         moment = chance.uniform(0.02, 0.98)
-        yield single(f"terminal closed at {moment:.2f}", partial(_hang_up, lab, moment))
+        yield single(f"terminal closed at {moment:.4f} of the run", partial(_hang_up, lab, moment))
 
 
 def _shoot(
