@@ -66,7 +66,7 @@ class SlurmRunner:
         try:
             self._executor = _make_executor(self._folder / "submitit", parameters, cluster)
         except UserError:
-            self._folder.rmdir()
+            shutil.rmtree(self._folder)
             raise
         self._call = _Call(make)
         self._interval, self._lag = (0.2, 0.0) if cluster == "local" else (_ASKS, _LAG)
@@ -181,7 +181,9 @@ class _Task:
                 self.submitted.cancel(check=False)
                 yield _end(self.assignment, Status.INTERRUPTED, "stopped by the user")
         elif self.over_since is not None and now - self.over_since >= self.lag:
-            yield self._verdict()
+            if self.submitted.done(force_check=True):
+                yield self._verdict()
+            self.over_since = None  # Slurm has started it again
 
     def is_over(self) -> None:
         """Note that Slurm says so."""

@@ -155,15 +155,15 @@ SOURCES = (
 
 
 def trials(lab: Lab) -> Iterator[Trial]:
-    """Yield a trial for every file, every damage, before and after a good run."""
+    """Yield a trial for every file and every damage, in turn before and after a good run."""
+    is_first = False
     for source in SOURCES:
         for file in source.files:
             for how, damage in DAMAGES_OF_DATA.items():
-                for is_first in (True, False):
-                    when = "before any run" if is_first else "after a run"
-                    name = f"{source.dataset}: {file} {how}, {when}"
-                    run = partial(_run, lab, source, file, damage, is_first)
-                    yield single(name, run)
+                is_first = not is_first
+                when = "before any run" if is_first else "after a run"
+                run = partial(_run, lab, source, file, damage, is_first)
+                yield single(f"{source.dataset}: {file} {how}, {when}", run)
     decoded = SOURCES[2]
     for how in DAMAGES:
         yield single(f"celeba: decoded images {how}", partial(_decoded, lab, decoded, how))
@@ -231,7 +231,7 @@ CLASS = FaultClass(
     "data",
     "A file of MNIST, of spoken digits, of CelebA, or of a recording in five formats is "
     "truncated, emptied, zeroed, has a byte flipped, is overwritten by garbage or a web page, "
-    "deleted, replaced by a folder, or cannot be opened: before any run, and after one on the "
+    "deleted, replaced by a folder, or cannot be opened: before any run, or after one on the "
     "sound files. Small synthetic files, but for MNIST.",
     "exit status 2 and a message that names the file; or, where the damage cannot be seen or a "
     "file may be missing, results under another fingerprint, beside those of the sound files.",

@@ -18,7 +18,7 @@ from tests.campaign.oracle import Kind, Problem, Truth, judge_answer, judge_fold
 from tests.campaign.process import Answer, Place
 from tests.campaign.trials import BASIC, Lab, Skipped, Trial, single
 
-BYTES = 20
+BYTES = 14
 """Random sizes of the disk, for each way of filling it."""
 
 NOBODY = 65534

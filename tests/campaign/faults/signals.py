@@ -21,7 +21,7 @@ from tests.campaign.oracle import (
 from tests.campaign.process import Place, Process, Running
 from tests.campaign.trials import BASIC, Lab, Skipped, Trial, single
 
-MOMENTS = 5
+MOMENTS = 4
 """Random moments for every signal to every process."""
 
 STOPPED = 1.0
