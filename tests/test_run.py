@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -302,9 +303,31 @@ class Slow(Base):
     name = "slow"
     def fit(self, train, valid, context):
         context.report("training", 1, 9, loss=1.0)
+        with open("fits", "a") as file: file.write(".")
         with open("pid", "w") as file: file.write(str(os.getpid()))
         os.rename("pid", "asleep")
         time.sleep(float(os.environ.get("SLOW_SECONDS", "0")))
+
+class Litters(Base):
+    """Leaves processes behind: of its session, and of one of their own."""
+    name = "litters"
+    def fit(self, train, valid, context):
+        for where in ("inside", "outside"):
+            if os.fork() == 0:
+                if where == "outside":
+                    os.setsid()
+                with open(f"{where}.pid", "w") as file: file.write(str(os.getpid()))
+                os.rename(f"{where}.pid", where)
+                time.sleep(3600)
+        while not (os.path.exists("inside") and os.path.exists("outside")): time.sleep(0.01)
+        time.sleep(float(os.environ.get("SLOW_SECONDS", "0")))
+
+class Forgets(Base):
+    """Keeps what it has found out where no checkpoint sees it."""
+    name = "forgets"
+    scale = 0.0
+    def fit(self, train, valid, context): self.scale = 1.0
+    def sample(self, n, generator): return self.scale * super().sample(n, generator)
 
 class Fine(Base):
     name = "fine"
@@ -316,11 +339,23 @@ class Fragile(Metric[Params]):
         if os.environ.get("FRAGILE"): raise RuntimeError("no luck")
         return Score(1.0)
 
-@hookimpl
-def imlbench_models(): return [Raises, Nan, Killed, Memory, Slow, Fine]
+class Careless(Metric[Params]):
+    """Writes into everything that it is given."""
+    name = "careless"
+    higher_is_better = True
+    needs_samples = True
+    position = 0
+    def compute(self, evaluation):
+        evaluation.samples.zero_()
+        for part in (evaluation.splits.train, evaluation.splits.valid, evaluation.splits.test):
+            part.stored.zero_()
+        return Score(torch.tensor(1.0), settings={"h": torch.tensor(0.5)})
 
 @hookimpl
-def imlbench_metrics(): return [Fragile]
+def imlbench_models(): return [Raises, Nan, Killed, Memory, Slow, Litters, Forgets, Fine]
+
+@hookimpl
+def imlbench_metrics(): return [Fragile, Careless]
 '''
 
 
@@ -364,7 +399,7 @@ def statuses(folder: Path) -> dict[str, str]:
 
 
 def test_jobs_that_fail_are_recorded_and_the_others_go_on(outside):
-    models = "raises,nan,killed,memory,fine"
+    models = "raises,nan,killed,memory,litters,forgets,fine"
     run = ("run", "--models", models, "--datasets", "digits", "--metrics", "kde")
     code, out, err = finish(outside(*run))
     assert code == 1, err
@@ -373,12 +408,17 @@ def test_jobs_that_fail_are_recorded_and_the_others_go_on(outside):
         "nan": "diverged",
         "killed": "failed",
         "memory": "out-of-memory",
+        "litters": "done",
+        "forgets": "failed",
         "fine": "done",
     }
     assert re.search(r"^fine ", out, re.MULTILINE)
     assert "No result: nan, seed 0: diverged (training, epoch 3: loss is nan)." in out
     assert "RuntimeError: it broke" in err
     assert "the process was ended by SIGKILL" in err
+    assert "forgets.sample must be the same after its checkpoint was read" in err
+    for process in ("inside", "outside"):
+        assert not is_alive(int((outside.folder / process).read_text()))
     assert "Traceback" not in err
     assert (
         "Traceback" in next((outside.folder / "results/runs").glob("*raises*/log.txt")).read_text()
@@ -423,6 +463,125 @@ def is_alive(process: int) -> bool:
     except OSError:
         return False
     return state != "Z"
+
+
+def test_metrics_that_write_into_the_data_change_no_other(outside):
+    def scores(metrics: str, results: str) -> dict[str, float]:
+        run = ("run", "--models", "fine", "--datasets", "digits", "--metrics", metrics)
+        code, _, err = finish(outside(*run, "--results", results))
+        assert code == 0, err
+        (folder,) = Store(outside.folder / results)
+        return values(folder)
+
+    careless = scores("careless,kde,kde_tuned", "a")
+    assert careless == {"careless": 1.0, **scores("kde,kde_tuned", "b")}
+
+
+def servers_of(process: int) -> list[int]:
+    """Return the child processes of a process that are servers of the pool."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == process and b"imlbench.runner.server" in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+    return found
+
+
+def test_jobs_go_on_when_the_server_of_processes_dies(outside):
+    run = ("run", "--models", "slow", "--datasets", "digits", "--metrics", "kde")
+    process = outside(*run, SLOW_SECONDS="1")
+    job = wait_until_asleep(process, outside.folder)
+    (server,) = servers_of(process.pid)
+    os.kill(server, signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code == 0, err
+    assert "lost, and started again: the server of processes died" in err
+    assert not is_alive(job)
+    assert statuses(outside.folder) == {"slow": "done"}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_is_left_of_a_run_that_was_ended(outside, how):
+    run = ("run", "--models", "litters", "--datasets", "digits", "--metrics", "kde")
+    process = outside(*run, SLOW_SECONDS="3600")
+    while not (outside.folder / "outside").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(how)
+    process.communicate()
+    for name in ("inside", "outside"):
+        while is_alive(int((outside.folder / name).read_text())):
+            time.sleep(0.05)
+
+
+def test_what_failed_is_told_and_run_again(outside):
+    run = ("run", "--models", "fine,slow", "--datasets", "digits", "--metrics", "kde")
+    code, _, _ = finish(outside(*run, "--time-limit", "2", SLOW_SECONDS="3600"))
+    assert code == 1
+    _, out, _ = finish(outside("status"))
+    assert "2 jobs: 1 done, 1 timeout, 0 running, 0 waiting." in out
+    assert "timeout: slow on digits, seed 0: stopped after 2 s" in out
+    code, out, err = finish(outside("run", "--retry-failed"))
+    assert code == 0, err
+    assert statuses(outside.folder) == {"fine": "done", "slow": "done"}
+    assert "[1/1] slow on digits, seed 0: done" in err
+    code, _, err = finish(outside("run", "--retry-failed"))
+    assert code == 2
+    assert "all are done" in err
+
+
+def test_status_tells_what_is_running(outside):
+    run = ("run", "--models", "slow", "--datasets", "digits", "--metrics", "kde")
+    process = outside(*run, "--seeds", "0,1", SLOW_SECONDS="3600")
+    wait_until_asleep(process, outside.folder)
+    out = ""
+    while "training 1/9, loss 1" not in out:  # it is written every few seconds
+        _, out, _ = finish(outside("status"))
+    assert f"(process {process.pid} on " in out
+    assert "2 jobs: 1 running, 1 waiting." in out
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+
+
+def test_new_metrics_are_computed_without_fitting_again(outside):
+    run = ("run", "--models", "fine", "--datasets", "digits", "--metrics", "kde")
+    assert finish(outside(*run))[0] == 0
+    (folder,) = Store(outside.folder / "results")
+    fitted = folder.checkpoint.stat().st_mtime_ns, folder.samples("5x1000").stat().st_mtime_ns
+    plugin = outside.folder / "site" / "troubles.py"
+    plugin.write_text(plugin.read_text() + "\nX = 'the code of the model is another'\n")
+    code, out, err = finish(outside("score", "--metrics", "kde,kde_tuned", "--set", "kde.h=0.3"))
+    assert code == 0, err
+    (folder,) = Store(outside.folder / "results")
+    assert set(values(folder)) == {"kde", "kde[h=0.3]", "kde_tuned"}
+    assert "kde[h=0.3]" in out.replace("\n", "")
+    after = folder.checkpoint.stat().st_mtime_ns, folder.samples("5x1000").stat().st_mtime_ns
+    assert after == fitted
+
+
+def test_jobs_that_share_a_stage_fit_it_once_and_do_not_hold_up_others(outside):
+    run = ("run", "--models", "iml,fine", "--datasets", "digits", "--metrics", "kde", *QUICK)
+    code, _, err = finish(outside(*run, "--workers", "3"))
+    assert code == 0, err
+    records = Store(outside.folder / "results").records()
+    assert len(records) == 4
+    shared = [record for record in records if record.model != "fine"]
+    assert sum(record.fit.seconds_reused > 0 for record in shared) == 2
+    assert len({record.fit.stages for record in shared}) == 1
+
+
+def test_two_runs_at_once_compute_every_job_once(outside):
+    run = ("run", "--models", "fine,slow", "--datasets", "digits", "--metrics", "kde")
+    first = outside(*run, SLOW_SECONDS="3")
+    second = outside(*run, SLOW_SECONDS="3")
+    errors = []
+    for process in (first, second):
+        code, _, err = finish(process)
+        assert code == 0, err
+        errors.append(err)
+    assert statuses(outside.folder) == {"fine": "done", "slow": "done"}
+    assert (outside.folder / "fits").read_text() == "."
 
 
 def test_a_job_ends_with_the_run_that_started_it(outside):

@@ -150,7 +150,7 @@ def _attempt(
         if have_changed(assignment.job, *tasks, registry, is_fitted=assignment.is_fitted):
             raise UserError("the code changed during the run. Run again.")
         torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_deterministic_debug_mode("warn")
         run_job(assignment, registry, send)
     except (BrokenPipeError, StageIsTaken):
         raise

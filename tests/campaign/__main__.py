@@ -101,6 +101,7 @@ def main(
                 kept.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
                 page.write_text(report.markdown(rows, CLASSES), encoding="utf-8")
     finally:
+        lab.at_end.close()
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
     sys.exit(1 if n_bad else 0)

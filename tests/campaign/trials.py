@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,10 +107,14 @@ class Lab:
         seed: What chance follows from.
         scale: How many times as many faults as usual where chance chooses them; below 1, this part
             of all faults.
+
+    Attributes:
+        at_end: What is to be closed when all trials have ended.
     """
 
     def __init__(self, folder: Path, seed: int = 0, scale: float = 1.0) -> None:
         self.folder, self.seed, self.scale = folder, seed, scale
+        self.at_end = ExitStack()
         self._truths: dict[object, Truth] = {}
         self._locks: dict[object, threading.Lock] = {}
         self._lock = threading.Lock()

@@ -177,7 +177,9 @@ def _namespace(place: Place) -> Iterator[Callable[..., None]]:
         stderr=subprocess.DEVNULL,
     )
     assert holder.stdout is not None
-    inside = ("nsenter", "--target", str(holder.pid), "--mount", f"--wd={place.work}")
+    enter = ("nsenter", "--target", str(holder.pid), "--mount")
+    # What is mounted below the current folder is seen only by who goes there from inside.
+    inside = (*enter, "sh", "-c", 'cd "$0" && exec "$@"', str(place.work))
     try:
         if holder.stdout.readline() != b"ready\n":
             raise Skipped("no mount namespace of one's own is permitted")
@@ -202,21 +204,22 @@ def _small_disk(lab: Lab, n_bytes: int, place: Place) -> list[Problem]:
         mount("-t", "tmpfs", "-o", f"size={n_bytes}", "tmpfs", str(place.results))
         answer = place.imlbench(*truth.arguments)
         mount("-o", "remount,size=1g", str(place.results))
-        inside = Path(f"/proc/{place.prefix[2]}/root")
-        seen = _Elsewhere(place, inside)
-        return _judge(seen, truth, answer)
+        return _judge(_Inside(place), truth, answer)
 
 
-class _Elsewhere(Place):
-    """A place whose results folder is read through another mount namespace."""
+class _Inside(Place):
+    """A place in a mount namespace; what is looked at from outside is a copy of the results."""
 
-    def __init__(self, place: Place, root: Path) -> None:
+    def __init__(self, place: Place) -> None:
         self.__dict__.update(place.__dict__)
-        self._root = root
+        self._n_copies = 0
 
     @property
     def results(self) -> Path:
-        return self._root / str(self.work / "results").lstrip("/")
+        self._n_copies += 1
+        copy = self.folder / f"copy-{self._n_copies}"
+        subprocess.run([*self.prefix, "cp", "-a", str(self.work / "results"), copy], check=True)
+        return copy
 
 
 def _read_only(lab: Lab, kind: str, command: str, codes: set[int], place: Place) -> list[Problem]:
@@ -258,9 +261,12 @@ def _as_nobody(place: Place, arguments: tuple[str, ...]) -> Answer:
         path.chmod(0o777)
     options: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
     environment = {"HOME": str(place.folder / "tmp"), "MPLCONFIGDIR": str(place.folder / "tmp")}
-    probe = place.start("plugins", environment=environment, **options).wait()
-    if probe.code != 0:
-        raise Skipped("imlbench cannot be read by other users")
+    try:
+        can_read = place.start("plugins", environment=environment, **options).wait().code == 0
+    except PermissionError:
+        can_read = False
+    if not can_read:
+        raise Skipped("Python, or imlbench, cannot be read by other users")
     return place.start(*arguments, environment=environment, **options).wait()
 
 

@@ -28,8 +28,7 @@ BEGUN = (*_MANY, "kde,modes_covered")
 
 _SHARED = (
     *("run", "--datasets", "digits", "--set", "epochs=1", "--set", "hidden_dim=16"),
-    *("--set", "latent_dim=4", "--set", "iml-gmm.n_components=2"),
-    *("--n-samples", "50", "--n-draws", "2"),
+    *("--set", "latent_dim=4", "--n-samples", "50", "--n-draws", "2"),
 )
 SHARING = (
     *(*_SHARED, "--metrics", "kde,reconstruction_error"),

@@ -240,25 +240,16 @@ def trials(lab: Lab) -> Iterator[Trial]:
 
 def _cuts(lab: Lab) -> Iterator[Trial]:
     """Yield trials in which a real server dies after some bytes, and comes back."""
-    chance, server, lock = lab.random("tracking"), _RealServer(lab.folder), threading.Lock()
-    sizes = [chance.randrange(1, MOST_BYTES) for _ in lab.times(CUTS)]
-    left = [len(sizes)]
-
-    def run(n_bytes: int, place: Place) -> list[Problem]:
-        try:
-            server.start()
-            return _cut(lab, server, n_bytes, place)
-        finally:
-            with lock:
-                left[0] -= 1
-                if not left[0]:
-                    server.stop()
-
-    for n_bytes in sizes:
-        yield single(f"server dies after {n_bytes} bytes, and comes back", partial(run, n_bytes))
+    chance, server = lab.random("tracking"), _RealServer(lab.folder)
+    lab.at_end.callback(server.stop)
+    for _ in lab.times(CUTS):
+        n_bytes = chance.randrange(1, MOST_BYTES)
+        name = f"server dies after {n_bytes} bytes, and comes back"
+        yield single(name, partial(_cut, lab, server, n_bytes))
 
 
 def _cut(lab: Lab, server: _RealServer, n_bytes: int, place: Place) -> list[Problem]:
+    server.start()
     truth = lab.truth(BASIC)
     experiment = uuid.uuid4().hex
     names = {"MLFLOW_EXPERIMENT_NAME": experiment, **IMPATIENT}
