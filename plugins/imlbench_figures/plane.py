@@ -176,7 +176,8 @@ def moments_of(density: object) -> tuple[Tensor, Tensor, Tensor] | None:
 
 def scatter(axes: Axes, points: Tensor, view: View, color: str, name: str = "") -> None:
     """Draw points of shape (N, 2); those outside of the view are not seen."""
-    axes.scatter(points[:, 0], points[:, 1], s=6, alpha=0.5, linewidths=0, color=color, label=name)
+    x, y = points.numpy().T  # matplotlib would look at a tensor number by number
+    axes.scatter(x, y, s=6, alpha=0.5, linewidths=0, color=color, label=name)
     axes.axis(view.extent)
     axes.set_aspect("equal")
 
@@ -212,7 +213,7 @@ def show_decoded(axes: Axes, evaluation: Evaluation, view: View) -> None:
 def draw_outlines(axes: Axes, curves: Tensor, color: str = "0.15") -> None:
     """Draw curves of shape (C, n, 2)."""
     for curve in curves:
-        axes.plot(curve[:, 0], curve[:, 1], color=color, linewidth=1.2)
+        axes.plot(*curve.numpy().T, color=color, linewidth=1.2)
 
 
 def label(axes: Axes, title: str, coordinates: str) -> None:
