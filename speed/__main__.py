@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import sys
 import traceback
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import click
 
 from imlbench.errors import UserError, unknown
 from imlbench.records.files import write_atomically, write_text
-from speed import hmm, kde, likelihood, mixture, report, training, whole
+from speed import hmm, jobs, kde, likelihood, mixture, report, reuse, training, whole
 from speed.case import Case, Record
 from speed.runner import measure_apart
 
@@ -27,21 +29,27 @@ CASES: dict[str, Case] = {
         likelihood.CASE,
         training.CASE,
         whole.CASE,
+        jobs.CASE,
+        jobs.WORKERS_CASE,
+        reuse.CASE,
+        reuse.RERUN_CASE,
     )
 }
 FOLDER = Path(__file__).parent
 
 
 def select(names: Sequence[str]) -> list[Case]:
-    """Return the cases of these names, or all.
+    """Return the cases of these names or globs, or all.
 
     Raises:
         UserError: A name is unknown, or a case needs packages that are not installed.
     """
-    wrong = [name for name in names if name not in CASES]
+    found = {name: [case for case in CASES if fnmatchcase(case, name)] for name in names}
+    wrong = [name for name, cases in found.items() if not cases]
     if wrong:
         raise UserError(*(unknown("case", name, CASES) for name in wrong))
-    chosen = [case for name, case in CASES.items() if not names or name in names]
+    wanted = set(itertools.chain(*found.values())) if names else CASES.keys()
+    chosen = [case for name, case in CASES.items() if name in wanted]
     needs = {need for case in chosen for need in case.needs}
     missing = sorted(need for need in needs if importlib.util.find_spec(need) is None)
     if missing:
@@ -61,12 +69,12 @@ def save(new: Record) -> None:
 
 @click.command(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=f"Cases: {', '.join(CASES)}. Without any, all of them.",
+    epilog=f"Cases: {', '.join(CASES)}. Globs such as 'runner-*' name several; nothing, all.",
 )
 @click.argument("names", nargs=-1, metavar="[CASE]...")
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
 def main(names: tuple[str, ...], threads: int) -> None:
-    """Measure imlbench beside other libraries, and write speed/RESULTS.md.
+    """Measure imlbench, mostly beside other libraries, and write speed/RESULTS.md.
 
     Exit status: 0, measured, whether targets were met or missed; 1, results disagree or a case
     failed; 2, a mistake in the request.

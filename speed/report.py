@@ -122,7 +122,7 @@ def markdown(records: Sequence[Record]) -> str:
     """Return RESULTS.md, made of records alone."""
     parts = [
         "# What `make speed` measured",
-        "Ratios are medians over repetitions that take turns, with the smallest and the largest "
+        "Numbers are medians over repetitions that take turns, with the smallest and the largest "
         "in parentheses. Predictions stand in the code and were made before measuring.",
         *(_section(record) for record in records),
         "## Machines",

@@ -477,15 +477,23 @@ def test_metrics_that_write_into_the_data_change_no_other(outside):
     assert careless == {"careless": 1.0, **scores("kde,kde_tuned", "b")}
 
 
+def children_of(process: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == process:
+                found.append(int(path.parent.name))
+    return found
+
+
 def servers_of(process: int) -> list[int]:
     """Return the child processes of a process that are servers of the pool."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError):
-            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == process and b"imlbench.runner.server" in (path / "cmdline").read_bytes():
-                found.append(int(path.name))
-    return found
+    children = children_of(process)
+    return [
+        child
+        for child in children
+        if b"imlbench.runner.server" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
 
 
 def test_jobs_go_on_when_the_server_of_processes_dies(outside):
@@ -609,6 +617,41 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(outside, how):
     assert code == 0
     assert "fine on digits, seed 0: done (reused)" in err
     assert statuses(outside.folder) == {"fine": "done", "slow": "done"}
+
+
+LONG = ("run", "--models", "iml-gmm,vae", "--datasets", "digits", "--metrics", "kde,kde_tuned")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_long_fits_that_are_killed_ten_times_end_with_the_same_scores(outside, seed):
+    """Ten times the run, the server or the job is killed, wherever it happens to be."""
+    epochs = ("--epochs", "300", "--seeds", str(seed), "--checkpoint-every", "0.1")
+    code, _, err = finish(outside(*LONG, *epochs, "--results", "undisturbed"))
+    assert code == 0, err
+    n_kills, draw = 0, random.Random(seed)
+    while n_kills < 10:
+        process = outside(*LONG, *epochs)
+        while not (jobs := [job for s in servers_of(process.pid) for job in children_of(s)]):
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0.2, 2.0))  # at a random moment
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(draw.choice([process.pid, *servers_of(process.pid), *jobs]), signal.SIGKILL)
+        n_kills += 1
+        process.kill()
+        process.communicate()
+    code, _, err = finish(outside(*LONG, *epochs))
+    assert code == 0, err
+    undisturbed, disturbed = (
+        {record.model: record for record in Store(outside.folder / name).records()}
+        for name in ("undisturbed", "results")
+    )
+    for model, record in undisturbed.items():
+        again = disturbed[model]
+        assert again.fit.checkpoint.sha256 == record.fit.checkpoint.sha256
+        assert again.fit.curves.sha256 == record.fit.curves.sha256
+        assert [score.value for score in again.scores] == [score.value for score in record.scores]
 
 
 def test_results_wait_for_a_tracking_server_that_is_away(outside):

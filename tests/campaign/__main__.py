@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -72,6 +73,7 @@ def main(
 
     Classes that are left out keep the counts that they have in the report.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what it has started ends with it
     kept = page.with_suffix(".json") if page else None
     rows = json.loads(kept.read_text(encoding="utf-8")) if kept and kept.exists() else {}
     folder = Path(tempfile.mkdtemp(prefix="campaign-"))

@@ -21,6 +21,9 @@ PATIENCE = 300.0
 GONE_AFTER = 10.0
 """Seconds that processes may take to end after the command that started them."""
 
+_CAMPAIGN = f"{os.getpid()}-"
+"""How all marks of this campaign begin."""
+
 _OURS = ("IMLBENCH_", "MLFLOW_", "_MLFLOW_")
 
 
@@ -63,7 +66,7 @@ class Process:
 
 
 def marked(mark: str) -> list[Process]:
-    """Return the running processes with a mark in their environment; zombies do not run."""
+    """Return the running processes with a mark, or the beginning of one; zombies do not run."""
     found = []
     for entry in os.scandir("/proc"):
         if entry.name.isdecimal():
@@ -75,13 +78,22 @@ def marked(mark: str) -> list[Process]:
 
 def _read_process(pid: int, mark: bytes) -> Process | None:
     folder = Path(f"/proc/{pid}")
-    if mark not in (folder / "environ").read_bytes().split(b"\0"):
+    if b"\0" + mark not in b"\0" + (folder / "environ").read_bytes():
         return None
     state, parent, _, session, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
     if state in "ZX":
         return None
     command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return Process(pid, int(parent), int(session), command)
+
+
+def kill_marked(mark: str = _CAMPAIGN) -> None:
+    """End all processes with a mark, by default all of this campaign, and what they start."""
+    while found := marked(mark):
+        for process in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        time.sleep(0.01)
 
 
 class Running:
@@ -116,7 +128,7 @@ class Running:
         ended = self.ends_within(timeout)
         seconds = self.seconds
         left = self._wait_for_others() if ended else [p.command for p in marked(self.mark)]
-        self._kill()
+        kill_marked(self.mark)
         self._reap()
         out, err = (path.read_text(encoding="utf-8", errors="replace") for path in self._logs)
         code = self.process.returncode if ended else None
@@ -149,14 +161,6 @@ class Running:
         while (others := marked(self.mark)) and time.monotonic() < end:
             time.sleep(0.05)
         return [process.command for process in others]
-
-    def _kill(self) -> None:
-        """End every process that this command has started, and those that they start meanwhile."""
-        while others := marked(self.mark):
-            for process in others:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGKILL)
-            time.sleep(0.01)
 
     def others(self) -> list[Process]:
         """Return its processes but for the first."""
@@ -205,7 +209,7 @@ class Place:
         """
         self._n_started += 1
         logs = tuple(self.folder / f"{self._n_started}.{name}" for name in ("out", "err"))
-        mark = uuid.uuid4().hex
+        mark = f"{_CAMPAIGN}{uuid.uuid4().hex}"
         with logs[0].open("wb") as out, logs[1].open("wb") as err:
             process = subprocess.Popen(
                 [*self.prefix, sys.executable, "-m", "imlbench", *arguments],

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.campaign.oracle import Kind, Problem, Truth, read_truth
-from tests.campaign.process import Place, on_processors
+from tests.campaign.process import Place, kill_marked, on_processors
 
 TOY = (
     *("--set", "toy-2d.n_train=200", "--set", "toy-2d.n_valid=60", "--set", "toy-2d.n_test=60"),
@@ -185,7 +185,12 @@ class Engine:
                     self._carry_out(trial, own, tally, lock)
 
             with ThreadPoolExecutor(n_processors()) as pool:
-                list(pool.map(carry_out, here))
+                try:
+                    list(pool.map(carry_out, here))
+                except BaseException:  # the campaign is stopped
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    kill_marked()
+                    raise
         for trial in chosen:
             if trial.everywhere:
                 self._carry_out(trial, all_processors(), tally, lock)

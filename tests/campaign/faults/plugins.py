@@ -538,7 +538,7 @@ def _fit_beside(
     for bad, _ in cases.values():
         bad.install(place.site)
         command = _with(command, "--models", _plugin_name(bad))
-    answer = place.imlbench(*command, *limit)
+    answer = place.imlbench(*command, *limit, timeout=PATIENCE / 3)
     all_done = all(statuses == {"done"} for _, statuses in cases.values())
     codes = {0} if all_done else {0, 1} if _may_be_done(cases) else {1}
     problems = {"": [*judge_answer(answer, codes), *_escapes(answer)]}
@@ -577,7 +577,8 @@ def _measure(lab: Lab, bad: Distribution, statuses: set[str], place: Place) -> l
     bad.install(place.site)
     metric = _plugin_name(bad)
     limit = TIME_LIMIT if "timeout" in statuses else ()
-    answer = place.imlbench(*_with(GOOD, "--metrics", metric), *limit)
+    command = _with(GOOD, "--metrics", metric)
+    answer = place.imlbench(*command, *limit, timeout=PATIENCE / 3)
     done = {str(record["status"]) for record in read_records(place.results).values()}
     problems = [*judge_answer(answer, {0 if done == {"done"} else 1}), *_escapes(answer)]
     if not done <= statuses:
@@ -603,7 +604,7 @@ def _show(lab: Lab, bad: Distribution, place: Place) -> list[Problem]:
     """Run good jobs of which a bad artifact is made."""
     truth = lab.truth(GOOD)
     bad.install(place.site)
-    answer = place.imlbench(*GOOD)
+    answer = place.imlbench(*GOOD, timeout=PATIENCE / 3)
     problems = [*judge_answer(answer, {0, 1}), *_escapes(answer)]
     board = place.imlbench("leaderboard")
     problems += [*judge_answer(board, {0})]
