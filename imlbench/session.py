@@ -340,7 +340,7 @@ class Session:
         from imlbench.runner.pool import Pool
 
         self.options, self.store = options, Store(Path(options.path))
-        data_dir = Path(options.data_dir).resolve() if options.data_dir else None
+        data_dir = Path(options.data_dir).absolute() if options.data_dir else None
         self._sources = Sources(data_dir, options.offline)
         self._pool = Pool()
 
@@ -398,16 +398,19 @@ class Session:
         from imlbench.runner.progress import Logbook, make_display
         from imlbench.runner.scheduling import find_finished, run_jobs
 
+        options, devices = self.options, self._devices()
+        if self.store.root.exists():
+            self.store.prepare()  # before any data are read: it may not be possible
+        skips = plan.skips
+        if not is_fitted:
+            plan = read_data(self._pool, plan, self._sources)
         if not len(plan):
             reasons = "; ".join(map(str, plan.skips))
             raise UserError(
                 f"run: there must be at least one job; everything is skipped: {reasons}."
             )
         self.store.prepare()
-        options, devices = self.options, self._devices()
         records = {record.id: record for record in self.store.records()}
-        if not is_fitted:
-            plan = read_data(self._pool, plan, self._sources)
         exporter = Exporter(self.store, with_tensors=options.log_tensors)
         started, was_interrupted = time.time(), False
         finished, left = find_finished(plan, self.store, {} if options.force else records)
@@ -415,6 +418,8 @@ class Session:
             display = stack.enter_context(
                 make_display(self.store, len(plan.jobs), options.progress)
             )
+            for skip in plan.skips[len(skips) :]:
+                display.print(f"failed: {skip}")
             display.reuse(finished)
             outcomes = list(finished)
             try:

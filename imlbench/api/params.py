@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Generic, Self, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    field_validator,
+)
+
+LARGEST = 2**53
+"""The largest integer that JSON's readers agree on."""
 
 
 class Params(BaseModel):
@@ -22,6 +32,17 @@ class Params(BaseModel):
         protected_namespaces=(),
         allow_inf_nan=False,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_other_number(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse truth values where numbers are wanted, and integers that nobody can mean."""
+        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and bool not in kinds and {int, float} & kinds:
+            raise ValueError("must be a number")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"must be at most {LARGEST} in size")
+        return value
 
     def filled(self, **defaults: object) -> Self:
         """Return a copy in which the fields that have no value yet have these.
@@ -43,6 +64,12 @@ class Params(BaseModel):
         """Return the fields that have a value, as JSON values."""
         settings: dict[str, JsonValue] = self.model_dump(mode="json", exclude_none=True)
         return settings
+
+
+def _kinds(annotation: object) -> set[object]:
+    """Return the types that an annotation names."""
+    parts = get_args(annotation)
+    return {annotation}.union(*map(_kinds, parts)) if parts else {annotation}
 
 
 def from_data(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import signal
 import sys
@@ -27,6 +28,20 @@ if TYPE_CHECKING:
     from imlbench.session import Executor, Finished, Options, Session
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
+
+
+class _Seconds(click.FloatRange):
+    """A number of seconds, which NaN is not."""
+
+    name = "seconds"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if not math.isfinite(seconds):
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        return seconds
 
 
 class Selection(TypedDict):
@@ -82,6 +97,13 @@ class _Group(click.Group):
         except BrokenPipeError:  # whoever read the output has closed it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(1)
+        except OSError as error:
+            what = error.filename or "a file"
+            message = (
+                f"error: {plain(str(what))}: {error.strerror or error}. Check it, and run again."
+            )
+            click.secho(message, err=True, fg="red")
+            ctx.exit(2)
         except Exception as error:
             _save_traceback(error)
             ctx.exit(3)
@@ -160,12 +182,12 @@ _run_options = _options_of(
     ),
     click.option(
         "--time-limit",
-        type=click.FloatRange(min=0, min_open=True),
+        type=_Seconds(min=0, min_open=True),
         help="Seconds allowed per job; suspension and imports do not count.",
     ),
     click.option(
         "--checkpoint-every",
-        type=click.FloatRange(min=0),
+        type=_Seconds(min=0),
         default=60.0,
         show_default=True,
         help="Seconds between two checkpoints within a fit.",

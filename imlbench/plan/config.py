@@ -15,6 +15,7 @@ from imlbench.errors import UserError, unknown
 
 HERE = Path("benchmarks.toml")
 MOST_SEEDS = 10_000
+LARGEST_FILE = 10_000_000
 
 _T = TypeVar("_T")
 
@@ -44,7 +45,9 @@ def parse_seeds(text: object) -> object:
 
 
 Seeds = Annotated[
-    list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1), BeforeValidator(parse_seeds)
+    list[Annotated[int, Field(ge=0, lt=2**31, strict=True)]],
+    Field(min_length=1),
+    BeforeValidator(parse_seeds),
 ]
 Names = Annotated[list[str], Field(min_length=1)]
 
@@ -59,8 +62,8 @@ class _Table(BaseModel):
     datasets: Names | None = None
     metrics: Names | None = None
     seeds: Seeds | None = None
-    n_samples: Annotated[int, Field(ge=2)] | None = None
-    n_draws: Annotated[int, Field(ge=1)] | None = None
+    n_samples: Annotated[int, Field(ge=2, strict=True)] | None = None
+    n_draws: Annotated[int, Field(ge=1, strict=True)] | None = None
     set: dict[str, object] = {}
     grid: dict[str, object] = {}
 
@@ -136,13 +139,15 @@ def read_file(path: Path) -> _File:
         UserError: Unreadable, malformed, or with unknown or invalid keys: all errors at once.
     """
     try:
+        if path.exists() and (not path.is_file() or path.stat().st_size > LARGEST_FILE):
+            raise UserError(f"{path}: must be a file of at most {LARGEST_FILE:,} bytes.")
         return _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not valid TOML: {error}.") from error
     except ValidationError as error:
         raise UserError(*(_table_error(path, problem) for problem in error.errors())) from error
+    except (ValueError, RecursionError) as error:  # malformed, too deep, or a number too long
+        raise UserError(f"{path}: is not valid TOML: {error}.") from error
 
 
 def _table_error(path: Path, problem: ErrorDetails) -> str:
@@ -295,7 +300,7 @@ def _command_line_settings(texts: Sequence[str], errors: list[str]) -> list[Sett
         address, equals, right = text.partition("=")
         target, _, name = address.strip().rpartition(".")
         values = _split_values(right)
-        if equals and name and all(values):
+        if equals and name and all(values) and not address.strip().startswith("."):
             parsed = tuple(_parse_value(value) for value in values)
             found.append(Setting(target, name, parsed, f"--set {text}", strict=True))
         else:
@@ -330,6 +335,6 @@ def _parse_value(text: str) -> object:
     """Read a TOML value; what is none is a plain string."""
     try:
         value: object = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return value

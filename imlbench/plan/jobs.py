@@ -203,9 +203,20 @@ class Plan:
         """The data that the jobs need: one job of each, by what identifies them."""
         return {variant.job.data: variant.job for variant in reversed(self.variants)}
 
-    def with_fingerprints(self, found: Mapping[str, str]) -> Plan:
-        """Return the plan with the hashes of its data, by what identifies them."""
-        variants = tuple(
-            replace(v, job=replace(v.job, fingerprint=found[v.job.data])) for v in self.variants
-        )
-        return replace(self, variants=variants)
+    def with_fingerprints(self, found: Mapping[str, str], failed: Mapping[str, str]) -> Plan:
+        """Return the plan with the hashes of its data, and without the jobs whose data failed.
+
+        Arguments:
+            found: Hashes, by what identifies the data.
+            failed: Why a dataset could not be loaded, likewise.
+        """
+        variants, skips = [], list(self.skips)
+        for variant in self.variants:
+            job = variant.job
+            if job.data in found:
+                known = replace(job, fingerprint=found[job.data])
+                variants.append(replace(variant, job=known))
+            else:
+                reason = f"the data cannot be loaded ({failed[job.data]})"
+                skips.append(Skip(job.model, job.dataset, reason, True))
+        return replace(self, variants=tuple(variants), skips=tuple(dict.fromkeys(skips)))

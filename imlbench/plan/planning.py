@@ -28,7 +28,7 @@ from imlbench.api import (
     Splits,
 )
 from imlbench.api.params import Params
-from imlbench.errors import ANYTHING, DataError, ParameterError, UserError, brief, unknown
+from imlbench.errors import ANYTHING, ParameterError, UserError, brief, unknown
 from imlbench.plan.config import Benchmark, Setting, constraint
 from imlbench.plan.identity import code_of, digest, refresh
 from imlbench.plan.jobs import Codes, Job, Plan, Skip, Task, Variant
@@ -351,40 +351,25 @@ def with_varying(jobs: Sequence[Job]) -> tuple[Job, ...]:
 
 
 def identify_data(plan: Plan, registry: Registry, sources: Sources) -> Plan:
-    """Read every dataset once and enter its fingerprint into its jobs.
-
-    So that missing or damaged data are found before anything is trained, downloads and decoding
-    happen once, and results of one set of files are never taken for those of another.
+    """Read every dataset in this process, and enter its fingerprint into its jobs.
 
     Raises:
-        UserError: One message for every dataset that cannot be read.
+        DataError: The files of one are missing or damaged.
     """
-    found: dict[str, str] = {}
-    errors: list[str] = []
-    for key, job in plan.data.items():
-        try:
-            found[key] = fingerprint(job, registry, sources)
-        except UserError as error:
-            errors += error.messages
-    if errors:
-        raise UserError(*errors)
-    return plan.with_fingerprints(found)
+    found = {key: fingerprint(job, registry, sources) for key, job in plan.data.items()}
+    return plan.with_fingerprints(found, {})
 
 
 def fingerprint(job: Job, registry: Registry, sources: Sources) -> str:
     """Read a job's data, check that they are what their dataset says, and return their hash.
 
     Raises:
-        UserError: They cannot be read, or are something else.
+        DataError: They are missing or damaged.
+        Exception: Whatever a plugin raises.
     """
     cls = registry.datasets[job.dataset]
-    try:
-        splits = cls(cls.params_type.model_validate(job.dataset_params)).load(sources)
-        check_splits(splits, job.space)
-    except DataError:
-        raise
-    except ANYTHING as error:  # a plugin can raise anything
-        raise UserError(f"dataset {job.dataset}: loading it failed with {brief(error)}.") from error
+    splits = cls(cls.params_type.model_validate(job.dataset_params)).load(sources)
+    check_splits(splits, job.space)
     return splits.fingerprint
 
 

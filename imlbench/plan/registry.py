@@ -30,7 +30,7 @@ from imlbench.api.params import AnyPlugin, Params
 from imlbench.errors import ANYTHING, UserError, brief, unknown
 from imlbench.plan.installed import GROUP
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Names become parts of files and columns."""
 
 PluginClass = type[AnyPlugin]
@@ -184,7 +184,9 @@ def _check_attributes(cls: PluginClass, where: str) -> None:
     if not name:
         raise TypeError(f"{where} has no name")
     if not (isinstance(name, str) and NAME.fullmatch(name)):
-        raise TypeError(f"{where} must be named by letters, digits, '-', '_' and '.'; got {name!r}")
+        raise TypeError(
+            f"{where} must be named by letters, digits, '-', '_' and '.', 64 at most; got {name!r}"
+        )
     if not issubclass(cls.params_type, Params):
         raise TypeError(f"{where} must have parameters derived from imlbench.Params")
     for capability in (*getattr(cls, "requires", ()), *getattr(cls, "requires_of_dataset", ())):

@@ -109,17 +109,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def is_intact(path: Path, known: File) -> bool:
+def is_intact(path: Path, known: File, *, thoroughly: bool = False) -> bool:
     """Whether a file is as it was described.
 
-    It is read only if its size or time of modification differ, as those of a copy do: whatever
-    uses the content compares the hash of what it has read.
+    Arguments:
+        path: The file.
+        known: What it is known by.
+        thoroughly: Read it in any case; otherwise only if its time of modification is another, as
+            that of a copy is.
     """
     try:
         found = path.stat()
         if not path.is_file() or found.st_size != known.size:
             return False
-        return found.st_mtime_ns == known.mtime_ns or sha256(path) == known.sha256
+        is_untouched = found.st_mtime_ns == known.mtime_ns and not thoroughly
+        return is_untouched or sha256(path) == known.sha256
     except OSError:
         return False
 

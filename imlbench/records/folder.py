@@ -151,13 +151,17 @@ class JobFolder:
             for name, file in shown.files.items():
                 yield self.artifact(shown.label, shown.draw) / name, file
 
-    def damaged(self, record: Record) -> list[Path]:
-        """Return the files that are missing, or not as the record says."""
-        return [path for path, known in self.files(record) if not is_intact(path, known)]
+    def damaged(self, record: Record, *, thoroughly: bool = False) -> list[Path]:
+        """Return the files that are missing, or not as the record says; see :func:`is_intact`."""
+        return [
+            path
+            for path, known in self.files(record)
+            if not is_intact(path, known, thoroughly=thoroughly)
+        ]
 
     def mend(self, record: Record) -> Record:
         """Set aside what is damaged, and return the record without what it held, written."""
-        damaged = set(self.damaged(record))
+        damaged = set(self.damaged(record, thoroughly=True))
         if not damaged:
             return record
         for path in damaged:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +64,8 @@ def plan_again(
         raise UserError(f"plan: it cannot be made; {died}.") from died
 
 
-def read_data(
-    pool: Pool,
-    plan: Plan,
-    sources: Sources,
-    tell: Callable[[str], None] = lambda step: None,
-) -> Plan:
-    """Read every dataset once and enter its fingerprint into its jobs.
+def read_data(pool: Pool, plan: Plan, sources: Sources) -> Plan:
+    """Read every dataset once and enter its fingerprint into its jobs; leave out what fails.
 
     So that missing or damaged data are found before anything is trained, downloads and decoding
     happen once, and results of one set of files are never taken for those of another.
@@ -80,24 +74,26 @@ def read_data(
         pool: Where it is done.
         plan: The plan.
         sources: Where the data are.
-        tell: Called with what is being read.
 
     Raises:
-        UserError: One message for every dataset that cannot be read.
+        UserError: One message for every dataset whose files are missing or damaged.
     """
     found: dict[str, str] = {}
+    failed: dict[str, str] = {}
     errors: list[str] = []
     for key, job in plan.data.items():
+        request = REQUEST.dump_json(ReadData(job, sources))
         try:
-            request = REQUEST.dump_json(ReadData(job, sources))
-            found[key] = json.loads(pool.call(request, tell, pool.limit(LONGEST_LOAD)))["answer"]
+            answer = json.loads(pool.call(request, limit=pool.limit(LONGEST_LOAD)))
         except UserError as error:
             errors += error.messages
         except TaskDied as died:
-            errors.append(f"dataset {job.dataset}: loading it failed: {died.reason}.")
+            failed[key] = died.reason
+        else:
+            (failed if "failed" in answer else found)[key] = next(iter(answer.values()))
     if errors:
         raise UserError(*errors)
-    return plan.with_fingerprints(found)
+    return plan.with_fingerprints(found, failed)
 
 
 def describe(pool: Pool) -> dict[str, str]:

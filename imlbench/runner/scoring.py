@@ -59,6 +59,8 @@ def _checked(name: str, found: Score) -> dict[str, Tensor | None]:
         values = torch.as_tensor(values).detach().to("cpu", torch.float64)
         if values.ndim != 1 or not len(values):
             raise ValueError(f"{name} must give one value per example; got {tuple(values.shape)}")
+        if values.isnan().any():
+            raise ValueError(f"{name} must give numbers for all examples; some are NaN")
     if groups is not None:
         groups = torch.as_tensor(groups).detach().to("cpu", torch.int64)
         if values is None or groups.shape != values.shape:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 MODULE = "imlbench.runner.server"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _TICK = 1.0
+_SUSPENDED = 0.1
+"""How much suspended time counts: a task that suspends itself must end some day."""
 PATIENCE = 5.0
 """Seconds between asking a process to end and ending it."""
 
@@ -268,8 +270,8 @@ class _Server:
                 with contextlib.suppress(BlockingIOError):
                     os.read(child.begun, 1)
                     child.has_begun = True
-            elif child.time_limit is not None and not child.is_suspended():
-                child.seconds += seconds
+            elif child.time_limit is not None:
+                child.seconds += seconds * (_SUSPENDED if child.is_suspended() else 1.0)
                 if child.seconds > child.time_limit and not child.is_timed_out:
                     child.is_timed_out = True
                     child.ask_to_end(PATIENCE)

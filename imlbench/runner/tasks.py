@@ -18,8 +18,10 @@ from typing import NoReturn
 
 import torch
 
+from imlbench.api.sources import Sources
 from imlbench.errors import ANYTHING, Diverged, UserError, brief, plain
 from imlbench.plan.describe import describe_all, describe_one
+from imlbench.plan.jobs import Job
 from imlbench.plan.planning import fingerprint, have_changed, make_plan
 from imlbench.plan.registry import Registry
 from imlbench.records.folder import Store
@@ -91,8 +93,7 @@ def _answer(request: requests.Request, registry: Registry, tell: Tell) -> bytes:
                 records = [record for record in found if record is not None]
                 return PLAN.dump_json(plan_again(records, benchmark, registry, as_fitted))
             case requests.ReadData(job, sources):
-                announce(f"dataset {job.dataset}")
-                return json.dumps({"answer": fingerprint(job, registry, sources)}).encode()
+                return json.dumps(_read_data(job, registry, sources)).encode()
             case requests.Describe():
                 texts = {name: describe_one(registry, name) for name in registry.classes}
                 return json.dumps({"answer": {"": describe_all(registry), **texts}}).encode()
@@ -102,6 +103,17 @@ def _answer(request: requests.Request, registry: Registry, tell: Tell) -> bytes:
                 raise UserError(f"there is no task of the kind {request.kind}")
     except UserError as error:
         return json.dumps({"errors": error.messages}).encode()
+
+
+def _read_data(job: Job, registry: Registry, sources: Sources) -> dict[str, str]:
+    """Return the fingerprint of a job's data, or why their plugin has failed."""
+    try:
+        return {"answer": fingerprint(job, registry, sources)}
+    except UserError:
+        raise
+    except ANYTHING as error:  # a plugin can raise anything
+        traceback.print_exc()
+        return {"failed": brief(error)}
 
 
 def _new_modules(before: set[str]) -> list[str]:
