@@ -141,12 +141,18 @@ def test_writing_to_an_example_does_not_reach_the_cache(root):
     assert load(root).train.stored[0, 0, 0, 0] == value
 
 
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [flipped, lambda content: content[:-40]])
 @pytest.mark.parametrize("name", ["train.npy", "facts.json"])
-def test_a_damaged_cache_is_decoded_again(root, name):
+def test_a_damaged_cache_is_decoded_again(root, name, damage):
     first = load(root)
     content = first.train[:]
     [file] = [path for path in cached() if path.name == name]
-    file.write_bytes(file.read_bytes()[:-40])
+    file.write_bytes(damage(file.read_bytes()))
     again = load(root)
     assert again.fingerprint == first.fingerprint
     assert torch.equal(again.train[:], content)

@@ -680,7 +680,7 @@ def test_plan_and_dry_run_print_the_jobs_and_write_nothing(imlbench):
     planned = imlbench("plan", *SMALL[1:], "--seeds", "0..2")
     assert planned.exit_code == 0
     assert "iml-gmm on digits: 3 jobs\n" in planned.output
-    assert "  - seeds 0..2\n" in planned.output
+    assert "  - seeds 0, 1, 2\n" in planned.output
     assert "6 jobs" in planned.output
     assert imlbench(*SMALL, "--seeds", "0..2", "--dry-run").output == planned.output
     assert not Path("results").exists()

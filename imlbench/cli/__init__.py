@@ -552,7 +552,7 @@ def _print_plan(plan: Plan) -> None:
     """Print the jobs by model and dataset: what they have in common once, then what varies."""
     from itertools import groupby
 
-    from imlbench.plan.settings import assignments
+    from imlbench.plan.settings import assignments, ranges
 
     def pair(variant: Variant) -> tuple[str, str]:
         return variant.job.model, variant.job.dataset
@@ -567,7 +567,8 @@ def _print_plan(plan: Plan) -> None:
         text = ", ".join(common)
         click.echo(textwrap.fill(text, 80, initial_indent="    ", subsequent_indent="    "))
         for variant in variants[:_MOST_LINES] if n_jobs > 1 else ():
-            varying = ", ".join([*assignments(variant.job.varying), _seeds(variant.seeds)])
+            seeds = f"seed{'s' * (len(variant.seeds) > 1)} {ranges(variant.seeds)}"
+            varying = ", ".join([*assignments(variant.job.varying), seeds])
             click.echo(f"  - {varying}")
         if len(variants) > _MOST_LINES:
             click.echo(f"  … and {len(variants) - _MOST_LINES} more such combinations")
@@ -576,14 +577,6 @@ def _print_plan(plan: Plan) -> None:
 
 
 _MOST_LINES = 20
-
-
-def _seeds(seeds: tuple[int, ...]) -> str:
-    if len(seeds) == 1:
-        return f"seed {seeds[0]}"
-    if seeds == tuple(range(seeds[0], seeds[-1] + 1)):
-        return f"seeds {seeds[0]}..{seeds[-1]}"
-    return f"seeds {', '.join(map(str, seeds))}"
 
 
 def _count(n: int, noun: str) -> str:

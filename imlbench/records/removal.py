@@ -16,7 +16,8 @@ from imlbench.records.folder import JobFolder, Store
 from imlbench.records.tables import superseded
 from imlbench.records.tracking import Tracker
 
-_STAGE = re.compile(r".+-[0-9a-f]{16}\.(json|safetensors|lock)")
+_STAGE = re.compile(r"(.+-[0-9a-f]{16})\.(json|safetensors|lock|fit)(\.damaged-\d+)?")
+"""The files of a stage, and the folder of the checkpoints within its fit."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,14 @@ def collect_garbage(store: Store, tracker: Tracker) -> Removed:
             _hold(store.folder(name)).release()  # refuses while the job is running
     fits = [record.fit for record in left.values() if record and record.fit]
     needed = {name for fit in fits for name in fit.stages}
+    is_complete = all(record is not None and record.fit for record in left.values())
     unneeded = [
         path
         for path in sorted(store.stages.glob("*"))
-        if _STAGE.fullmatch(path.name)
-        and path.stem not in needed
-        and not is_held(store.stages / f"{path.stem}.lock")
+        if (found := _STAGE.fullmatch(path.name))
+        and (found[1] not in needed or found[3])
+        and (found[2] != "fit" or is_complete)  # a job that was cut short goes on from there
+        and not is_held(store.stages / f"{found[1]}.lock")
     ]
     stages = sum(path.suffix == ".json" for path in unneeded)
     n_bytes = sum(_delete(path) for path in unneeded)

@@ -13,7 +13,7 @@ from functools import cached_property
 from pydantic import JsonValue
 
 from imlbench.errors import UserError, unknown
-from imlbench.plan.settings import assignments
+from imlbench.plan.settings import assignments, ranges
 from imlbench.records.record import Record, Scored, Status
 
 Published = Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -386,7 +386,7 @@ def _provenance(scored: Sequence[Entry]) -> list[str]:
         found = {str(getattr(environment, name)) for environment in where} - {""}
         return ", ".join(sorted(found)) or "unknown"
 
-    seeds = ", ".join(map(str, sorted({entry.record.seed for entry in scored})))
+    seeds = ranges(entry.record.seed for entry in scored)
     commit = values("git_commit")
     return [
         f"Seeds {seeds}. Run by imlbench {values('imlbench')}"

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -302,8 +302,13 @@ def decode_images(listing: Listing, folder: Path, crop: Crop, shape: tuple[int, 
             kept[split] = write_array(arrays / f"{split}.npy", images, shape, content.update)
             content.update(f"{split} {kept[split]} {shape}".encode())
     _require_all_splits(kept, listing.folder)
-    facts = {"fingerprint": content.hexdigest()[:16], **skipped.facts}
-    (arrays / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    facts = {
+        "fingerprint": content.hexdigest()[:16],
+        "arrays": {split: _describe(arrays / f"{split}.npy") for split in SPLITS},
+        **skipped.facts,
+    }
+    sealed = json.dumps({"sha256": _hash_of(facts), **facts}, indent=2)
+    (arrays / "facts.json").write_text(sealed + "\n", encoding="utf-8")
     _report(listing.n_images, time.perf_counter() - start, skipped)
 
 
@@ -390,13 +395,35 @@ def _write_header(file: BinaryIO, n: int, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
+def _hash_of(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _describe(path: Path) -> list[str | int]:
+    """Return what a file is known by: SHA-256, bytes, and when it was modified."""
+    found = path.stat()
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return [digest, found.st_size, found.st_mtime_ns]
+
+
+def _is_intact(path: Path, known: list[str | int]) -> bool:
+    """Whether a file is as it was written; it is read if it was modified or copied since."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns] == known[1:] or _describe(path)[:2] == known[:2]
+
+
 def read_decoded(folder: Path) -> Splits | None:
     """Map decoded images into memory; ``None`` if they are not there, or not whole."""
     try:
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        if facts.pop("sha256") != _hash_of(facts):
+            return None
+        if not all(_is_intact(folder / f"{s}.npy", facts["arrays"][s]) for s in SPLITS):
+            return None
         # Copy-on-write: torch wants writable memory, and nothing must ever reach the file.
         arrays = [np.load(folder / f"{split}.npy", mmap_mode="c") for split in SPLITS]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     _warn(facts["damaged"])
     train, valid, test = (
