@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from imlbench.plan.jobs import Job, Plan
     from imlbench.records.render import Format
     from imlbench.runner.contract import Assignment, Runner
-    from imlbench.runner.scheduling import Outcome
+    from imlbench.runner.scheduling import Outcome, Watcher
 
 Place = str | os.PathLike[str]
 Names = str | Sequence[str]
@@ -429,7 +429,7 @@ class Session:
                     template = self._template(plan, left[0], is_fitted, started)
                     runner = stack.enter_context(self._runner(devices, len(left)))
                     known = _durations(plan, records)
-                    watchers = [display, Logbook(journal)]
+                    watchers: list[Watcher] = [display, Logbook(journal)]
                     for outcome in run_jobs(left, template, runner, watchers, known):
                         outcomes.append(outcome)
                         exporter.submit([outcome.job.id])

@@ -174,5 +174,5 @@ class Splits:
 
     def fresh(self) -> Splits:
         """Return the same data for somebody who may write into them; see :class:`Examples`."""
-        parts = (part.fresh() for part in (self.train, self.valid, self.test))
-        return Splits(*parts, self.fingerprint)
+        train, valid, test = (part.fresh() for part in (self.train, self.valid, self.test))
+        return Splits(train, valid, test, self.fingerprint)

@@ -11,7 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 import click
 
@@ -36,7 +36,7 @@ class _Seconds(click.FloatRange):
     name = "seconds"
 
     def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
         seconds = float(super().convert(value, param, ctx))
         if not math.isfinite(seconds):
@@ -487,7 +487,8 @@ def _options(
     slurm = dict(pair.partition("=")[::2] for pair in given["slurm"])
     if "" in slurm.values() or "" in slurm:
         raise UserError("--slurm: must be KEY=VALUE, such as timeout_min=60. See docs/clusters.md.")
-    return Options(path=results, config=config, force=force, **{**given, "slurm": slurm})
+    execution: dict[str, Any] = {**given, "slurm": slurm}
+    return Options(path=results, config=config, force=force, **execution)
 
 
 def _find_config(config: Path | None) -> Path | None:

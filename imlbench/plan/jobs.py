@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 
 from imlbench.api.space import Space
 from imlbench.plan.identity import digest
@@ -203,7 +204,9 @@ class Plan:
         """The data that the jobs need: one job of each, by what identifies them."""
         return {variant.job.data: variant.job for variant in reversed(self.variants)}
 
-    def with_fingerprints(self, found: Mapping[str, str], failed: Mapping[str, str]) -> Plan:
+    def with_fingerprints(
+        self, found: Mapping[str, str], failed: Mapping[str, str] = MappingProxyType({})
+    ) -> Plan:
         """Return the plan with the hashes of its data, and without the jobs whose data failed.
 
         Arguments:

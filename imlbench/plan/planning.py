@@ -357,7 +357,7 @@ def identify_data(plan: Plan, registry: Registry, sources: Sources) -> Plan:
         DataError: The files of one are missing or damaged.
     """
     found = {key: fingerprint(job, registry, sources) for key, job in plan.data.items()}
-    return plan.with_fingerprints(found, {})
+    return plan.with_fingerprints(found)
 
 
 def fingerprint(job: Job, registry: Registry, sources: Sources) -> str:

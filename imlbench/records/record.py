@@ -301,7 +301,13 @@ class Record(Fact):
 
     def without_fit(self) -> Record:
         """Return the record of the same job, of which nothing has been computed."""
-        nothing = {"fit": None, "draws": {}, "scores": (), "not_applicable": {}, "artifacts": ()}
+        nothing: dict[str, object] = {
+            "fit": None,
+            "draws": {},
+            "scores": (),
+            "not_applicable": {},
+            "artifacts": (),
+        }
         return self.model_copy(update=nothing)
 
     def with_artifact(self, shown: Shown) -> Record:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from pydantic import JsonValue
@@ -194,7 +195,7 @@ def _check_reloaded(fitted: AnyModel, reloaded: AnyModel, test: Examples) -> Non
             found = {"sample": model.sample(8, make_generator(0, "reloading", device))}
         with seeded(0), torch.no_grad():
             if model.can(LogProb):
-                found["log_prob"] = model.log_prob(test[:8].to(device))
+                found["log_prob"] = cast(LogProb, model).log_prob(test[:8].to(device))
         return found
 
     before, after = answers(fitted), answers(reloaded)

@@ -46,10 +46,17 @@ def score(metric: AnyMetric, evaluation: Evaluation) -> Score:
     stderr = None if found.stderr is None else float(found.stderr)
     if not math.isfinite(value) or not math.isfinite(stderr or 0.0):
         raise ValueError(f"{metric.name} must be finite; got {value} with error {stderr}")
-    settings = {str(name): as_json(setting) for name, setting in found.settings.items()}
+    settings = {str(name): _scalar(setting) for name, setting in found.settings.items()}
     return replace(
         found, value=value, stderr=stderr, settings=settings, **_checked(metric.name, found)
     )
+
+
+def _scalar(setting: object) -> float | int | str:
+    plain = as_json(setting)
+    if not isinstance(plain, float | int | str):
+        raise TypeError(f"a score's settings must be numbers and texts; got {plain!r}")
+    return plain
 
 
 def _checked(name: str, found: Score) -> dict[str, Tensor | None]:

@@ -294,9 +294,10 @@ def _become_a_task(server: int, log: int) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
-    for name, descriptor in (("stdout", 1), ("stderr", 2)):  # a plugin may have closed them
-        stream = os.fdopen(descriptor, "w", buffering=1, errors="replace", closefd=False)
-        setattr(sys, name, stream)
+    sys.stdout, sys.stderr = (  # a plugin may have closed them
+        os.fdopen(descriptor, "w", buffering=1, errors="replace", closefd=False)
+        for descriptor in (1, 2)
+    )
     faulthandler.enable()
 
 
