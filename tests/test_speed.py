@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,9 +18,14 @@ from click.testing import CliRunner
 
 from imlbench.densities import GaussianHMM, GaussianMixture
 from imlbench.errors import DataError
+from imlbench.plan.config import make_benchmark
+from imlbench.plan.planning import make_plan
+from imlbench.plan.registry import Registry
+from imlbench.records.folder import Store
 from speed import __main__ as command
-from speed import hmm, kde, mixture, report
+from speed import hmm, jobs, kde, mixture, report, reuse
 from speed.case import Agreement, Case, Claim, Failed, Measured, Note, Seconds, Spread
+from speed.command import environment, imlbench, options, processor_seconds
 from speed.measure import interleaved, per_iteration, ratio, seconds, spread
 from speed.runner import measure
 
@@ -230,6 +237,58 @@ def test_a_selection_keeps_the_results_of_other_cases(run_speed, tmp_path):
     page = (tmp_path / "RESULTS.md").read_text()
     assert page.index("## first") < page.index("2.5x") < page.index("## second")
     assert page.index("## second") < page.index("77x")
+
+
+def test_globs_name_several_cases(run_speed, tmp_path):
+    run_speed("fi*", cases=(make_case("first"), make_case("second"), make_case("fifth")))
+    assert list(json.loads((tmp_path / "results.json").read_text())) == ["first", "fifth"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has /proc")
+def test_processor_time_is_that_of_the_process_itself():
+    start = time.process_time()
+    while time.process_time() < start + 0.2:
+        pass
+    stat = Path("/proc/self/stat").read_text()
+    assert processor_seconds(stat) == pytest.approx(time.process_time(), abs=0.05)
+    tick = 1 / os.sysconf("SC_CLK_TCK")
+    fields = " ".join(map(str, range(3, 30)))  # by their numbers in proc(5)
+    assert processor_seconds(f"7 (a) (b 1) {fields}") == pytest.approx((14 + 15) * tick)
+
+
+def test_commands_see_neither_servers_nor_numbers_of_threads():
+    given = {"PATH": "/bin", "MLFLOW_TRACKING_URI": "http://x", "OMP_NUM_THREADS": "1"}
+    assert environment(given) == {"PATH": "/bin"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has /proc")
+def test_a_command_that_fails_says_why(tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)plan --models nobody: exit status 2: .*nobody"):
+        imlbench(tmp_path, "plan", "--models", "nobody")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has /proc")
+def test_jobs_that_were_copied_are_done_and_their_times_add_up(tmp_path):
+    """Two jobs that were run tell their times; a third, which was copied, is reused."""
+    store = Store(tmp_path / "results")
+    toy = {"models": "reference-train", "datasets": "toy-2d", "metrics": "modes_covered"}
+    given = options(**toy, n_samples=10, set="toy-2d.n_train=100", results=store.root)
+    imlbench(tmp_path, "run", *given, *options(seeds=0))
+    chosen = {name: [value] for name, value in toy.items()}
+    benchmark = make_benchmark(
+        None, None, **chosen, n_samples=10, settings=["toy-2d.n_train=100"], seeds="0..21"
+    )
+    reuse.copy_to_seeds(store, make_plan(benchmark, Registry()))
+    again = imlbench(tmp_path, "run", *given, *options(seeds="0..21"))
+    assert "[22/22] 22 jobs: done (reused)" in again.said
+    imlbench(tmp_path, "run", *given, *options(seeds="22"))
+    found = {record.seed: record for record in store.records()}
+    pair = [found[0], found[22]]
+    (seconds,) = jobs.seconds_per_job(pair)
+    assert seconds == found[22].ended - found[0].ended > 0
+    parts = jobs.phases(pair)
+    assert sum(part for (part,) in parts.values()) == pytest.approx(seconds, abs=1e-3)
+    assert all(part > -0.02 for (part,) in parts.values())  # files' times are of the kernel's clock
 
 
 def test_every_measured_number_of_the_page_is_from_the_records(run_speed, tmp_path):

@@ -83,7 +83,8 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         for unasked in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: jobs are stopped and recorded
-            signal.signal(unasked, signal.default_int_handler)
+            if signal.getsignal(unasked) is not signal.SIG_IGN:  # as nohup asks for
+                signal.signal(unasked, signal.default_int_handler)
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -282,6 +283,8 @@ def score(
         session.store.claim()
         records = _choose("score", session.store, (), models, datasets, ())
         fitted = [record for record in records if record.fit is not None and record.draws]
+        if not fitted:
+            raise UserError("score: there must be a job that was fitted; none is. Run some first.")
         plan = session.plan_again(chosen, fitted, as_fitted=True)
         _print_skips(plan.skips)
         finished = session.execute(plan, is_fitted=True)
@@ -433,7 +436,16 @@ def _plan_failed(session: Session, selection: Selection) -> Plan:
 
     session.store.claim()
     patterns = selection["models"] or ("*",), selection["datasets"] or ("*",)
-    chosen = make_benchmark(None, None, models=["*"], datasets=["*"], metrics=selection["metrics"])
+    chosen = make_benchmark(
+        None,
+        None,
+        models=["*"],
+        datasets=["*"],
+        metrics=selection["metrics"],
+        n_samples=selection["n_samples"],
+        n_draws=selection["n_draws"],
+        settings=selection["settings"],
+    )
     records = _choose("run --retry-failed", session.store, (), *patterns, ())
     failed = [record for record in records if record.status is not Status.DONE]
     if not failed:
@@ -531,20 +543,20 @@ def _choose(
 
     records = [record for folder in store if (record := folder.read()) is not None]
     chosen = records
-    for what, patterns, values in (
-        ("job", jobs, [record.id for record in records]),
-        ("model", models, [record.model for record in records]),
-        ("dataset", datasets, [record.dataset for record in records]),
-        ("status", status, [str(record.status) for record in records]),
+    for what, patterns, names in (
+        ("job", jobs, {record.id: {record.id} for record in records}),
+        ("model", models, {record.id: {record.model, record.family} for record in records}),
+        ("dataset", datasets, {record.id: {record.dataset} for record in records}),
+        ("status", status, {record.id: {str(record.status)} for record in records}),
     ):
-        missing = [p for p in patterns if not any(fnmatchcase(value, p) for value in values)]
+        known = set().union(*names.values()) - {""}
+        missing = [p for p in patterns if not any(fnmatchcase(name, p) for name in known)]
         if missing:
-            raise UserError(*(f"{command}: {unknown(what, p, set(values))}" for p in missing))
-        of = {record.id: value for record, value in zip(records, values, strict=True)}
+            raise UserError(*(f"{command}: {unknown(what, p, known)}" for p in missing))
         chosen = [
             record
             for record in chosen
-            if not patterns or any(fnmatchcase(of[record.id], p) for p in patterns)
+            if not patterns or any(fnmatchcase(n, p) for n in names[record.id] for p in patterns)
         ]
     return chosen
 

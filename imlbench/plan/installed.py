@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -35,9 +34,11 @@ def _files(top: str) -> list[tuple[str, int, int]]:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return []
-    if spec is None or spec.origin is None:
+    if spec is None:
         return []
-    origin = Path(spec.origin)
-    paths = origin.parent.rglob("*.py") if origin.name == "__init__.py" else [origin]
-    stats = [(str(path), os.stat(path)) for path in paths]
+    if spec.submodule_search_locations is None:
+        paths = [Path(spec.origin or "")]
+    else:  # a package, with or without __init__.py
+        paths = [p for place in spec.submodule_search_locations for p in Path(place).rglob("*.py")]
+    stats = [(str(path), path.stat()) for path in paths if path.is_file()]  # no dangling links
     return [(name, found.st_mtime_ns, found.st_size) for name, found in stats]

@@ -32,11 +32,12 @@ def plan_again(
     metrics = registry.select_metrics(benchmark.metrics)
     artifacts = [] if as_fitted else list(registry.artifacts.values())
     tasks = plan_tasks(benchmark, metrics, artifacts, registry)
+    usual_draw = f"{benchmark.n_draws}x{benchmark.n_samples}"
     jobs: list[Job] = []
     skips: list[Skip] = []
     for record in records:
         try:
-            jobs += _again(record, registry, as_fitted)
+            jobs += _again(record, registry, as_fitted, usual_draw)
         except KeyError as error:
             reason = f"plugin {error} is not installed"
             skips.append(Skip(record.model, record.dataset, reason, True))
@@ -47,8 +48,8 @@ def plan_again(
     return Plan(benchmark.name, variants, tuple(skips), *tasks)
 
 
-def _again(record: Record, registry: Registry, as_fitted: bool) -> Iterator[Job]:
-    """Yield the jobs of a record: one for each way in which samples were drawn."""
+def _again(record: Record, registry: Registry, as_fitted: bool, usual_draw: str) -> Iterator[Job]:
+    """Yield the jobs of a record: one for each way in which samples were drawn, if any were."""
     model_cls, dataset_cls = registry.models[record.model], registry.datasets[record.dataset]
     dataset_params = dataset_cls.params_type.model_validate(record.dataset_params)
     space = dataset_cls(dataset_params).space
@@ -57,7 +58,7 @@ def _again(record: Record, registry: Registry, as_fitted: bool) -> Iterator[Job]
     if not as_fitted:
         given = model_cls.params_type.model_validate(params)
         params = model_cls.resolve(given, space).settings()
-    for draw, drawn in record.draws.items() or [("5x1000", None)]:
+    for draw, drawn in record.draws.items() or [(usual_draw, None)]:
         n_draws, _, n_samples = draw.partition("x")
         known = codes
         if as_fitted:

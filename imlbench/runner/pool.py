@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ from imlbench.runner import server
 LIMIT = "IMLBENCH_PLUGIN_LIMIT"
 """The environment variable of how long a plugin may take to be imported or asked, in seconds."""
 
+
+_LONGEST = 1e6
 
 _CLOSED: list[dict[str, object]] = []
 """The answers of a server that is gone."""
@@ -75,15 +78,18 @@ class _Task:
     pid: int | None = None
     exit: Exit | None = None
     is_silent: bool = False
-    rest: bytes = b""
+    rest: bytearray = field(default_factory=bytearray)
     lines: list[bytes] = field(default_factory=list)
 
     def read(self) -> None:
         """Take what has come."""
         with contextlib.suppress(BlockingIOError):
             while part := os.read(self.events, 1 << 16):
-                *lines, self.rest = (self.rest + part).split(b"\n")
-                self.lines += lines
+                head, *tail = part.split(b"\n")
+                self.rest += head  # in place: the line of a plan can be of 100 MB
+                for begun in tail:
+                    self.lines.append(bytes(self.rest))
+                    self.rest = bytearray(begun)
             self.is_silent = True
 
 
@@ -126,7 +132,7 @@ class Pool:
             seconds = float(text)
         except ValueError:
             seconds = 0.0
-        if not seconds > 0:
+        if not 0 < seconds <= _LONGEST:
             raise UserError(f"{LIMIT}: must be a number of seconds; got '{text}'. Change it.")
         return seconds
 
@@ -264,7 +270,8 @@ class Pool:
         Arguments:
             seconds: Return after this long even if there is nothing.
         """
-        if self._process is None:
+        if self._process is None:  # until the next task is submitted
+            time.sleep(seconds)
             return []
         with selectors.DefaultSelector() as selector:
             selector.register(self._control, selectors.EVENT_READ)
@@ -368,7 +375,10 @@ class Pool:
 
 def _environment() -> dict[str, str]:
     """Return the environment of the server: folders are named as seen from anywhere."""
-    found = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    usual = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib")})
+    # Other interpreters, which plugins may start, must not be given the library of this one.
+    paths = [path for path in sys.path if path and not path.startswith(usual)]
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     for name in ("IMLBENCH_DATA", "IMLBENCH_CACHE"):
         if found.get(name):
             found[name] = os.path.abspath(found[name])

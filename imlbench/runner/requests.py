@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from imlbench.api.sources import Sources
 from imlbench.plan.config import Benchmark
@@ -79,5 +79,8 @@ class CountDevices:
 
 
 Request = Run | MakePlan | PlanAgain | ReadData | Describe | CountDevices
-REQUEST: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="kind")])
+REQUEST: TypeAdapter[Request] = TypeAdapter(
+    Annotated[Request, Field(discriminator="kind")],
+    config=ConfigDict(ser_json_inf_nan="constants"),  # --checkpoint-every inf
+)
 PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)

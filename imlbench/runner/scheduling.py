@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import Counter, defaultdict, deque
@@ -9,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
+
+from filelock import Timeout
 
 from imlbench.plan.jobs import Job, Plan
 from imlbench.records.files import is_held
@@ -110,6 +113,8 @@ def run_jobs(
                 runner.start(replace(template, job=job))
             for name, event in runner.wait(_TICK):
                 outcome = queue.hear(name, event, watchers)
+                if outcome is not None and isinstance(event, Lost):
+                    _record(outcome, replace(template, job=outcome.job))
                 if outcome is not None:
                     for watcher in watchers:
                         watcher.end(outcome)
@@ -190,6 +195,13 @@ class _Queue:
         ]
         total = sum(left)
         return total / self._n_slots if math.isfinite(total) else None
+
+
+def _record(outcome: Outcome, assignment: Assignment) -> None:
+    """Record how a job ended that was lost, unless another process is at it by now."""
+    folder = assignment.folder
+    with contextlib.suppress(Timeout, OSError), folder.lock.acquire(timeout=1):
+        folder.end(outcome.status, outcome.reason)
 
 
 def _kind_of(job: Job) -> _Kind:

@@ -119,13 +119,17 @@ class _Server:
     def serve(self) -> None:
         """Import the plugins, then serve until the other side is gone."""
         if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+            prctl = ctypes.CDLL(None).prctl
+            prctl(_PR_SET_CHILD_SUBREAPER, 1)
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a plugin may hang: nobody would listen
         try:
             self._registry = load_registry(self._barred, lambda name: self._tell(importing=name))
             from imlbench.runner import tasks  # noqa: F401 - children need it at once
         except UserError as error:
             self._tell(errors=error.messages)
             return
+        if sys.platform == "linux":
+            prctl(_PR_SET_PDEATHSIG, 0)  # it may be of a thread that ends before the process
         gc.freeze()  # what is there stays: children need not copy its pages to look at it
         self._wake, wake = socket.socketpair()
         self._wake.setblocking(False)
@@ -184,7 +188,8 @@ class _Server:
             if "task" in request:
                 self._fork(request["task"], request.get("time_limit"))
             elif "warm" in request:
-                warm(self._registry)
+                with contextlib.suppress(Exception):  # whoever needs the code says what is wrong
+                    warm(self._registry)
             elif "import" in request:
                 self._import(request["import"])
             elif "suspend" in request:
