@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -90,7 +91,8 @@ class JobFolder:
                 touched = os.fstat(file.fileno()).st_mtime
         except (OSError, ValueError):
             return None
-        return record if touched <= record.confirmed else record.confirmed_at(touched)
+        is_confirmed = touched.is_integer() and touched > record.confirmed
+        return record.confirmed_at(touched) if is_confirmed else record
 
     @property
     def record_path(self) -> Path:
@@ -107,10 +109,11 @@ class JobFolder:
     def confirm(self) -> None:
         """Note that the job's results are what today's code would make: its record's time says so.
 
-        Nothing is written, as another process may be at work on the job.
+        Nothing is written, as another process may be at work on the job. A whole second tells this
+        time from that of a copy, which says nothing of the code.
         """
         with contextlib.suppress(OSError):  # of a folder that may not be written to
-            os.utime(self.record_path)
+            os.utime(self.record_path, (math.ceil(time.time()),) * 2)
 
     def write(self, record: Record) -> Record:
         """Write the job's record, and return it."""
