@@ -424,7 +424,8 @@ class Session:
             outcomes = list(finished)
             try:
                 if left:
-                    journal = Journal(self.store, {job.id: str(job) for job in plan.jobs})
+                    names = {job.id: str(job) for job in plan.jobs}
+                    journal = Journal(self.store, names, started)
                     stack.callback(journal.close)
                     template = self._template(plan, left[0], is_fitted, started)
                     runner = stack.enter_context(self._runner(devices, len(left)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,15 @@ def test_a_job_that_waits_for_a_stage_lets_others_go_first(tmp_path):
     outcomes = run([job("waits"), job("other")], runner)
     assert runner.started == ["waits", "other", "waits"]
     assert [outcome.status for outcome in outcomes] == [Status.DONE, Status.DONE]
+
+
+def test_samples_drawn_in_two_ways_are_scored_one_after_the_other():
+    once = job("a")
+    twice = replace(once, n_samples=20)
+    assert once.id == twice.id
+    runner = Scripted(2)
+    assert len(run([once, twice], runner)) == 2
+    assert runner.most == 1  # what a job says comes by its id
 
 
 @pytest.mark.parametrize("n_losses", [1, MOST_TRIES - 1])

@@ -85,6 +85,7 @@ class _Group(click.Group):
         for unasked in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: jobs are stopped and recorded
             if signal.getsignal(unasked) is not signal.SIG_IGN:  # as nohup asks for
                 signal.signal(unasked, signal.default_int_handler)
+        _allow_open_files()
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -108,6 +109,15 @@ class _Group(click.Group):
         except Exception as error:
             _save_traceback(error)
             ctx.exit(3)
+
+
+def _allow_open_files() -> None:
+    """Allow as many open files as the system lets this user have: each job has some, and a lock."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _save_traceback(error: Exception) -> None:

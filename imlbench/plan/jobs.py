@@ -197,7 +197,9 @@ class Plan:
     def jobs(self) -> tuple[Job, ...]:
         """All jobs, each once: other parameters of a dataset may lead to the same data."""
         jobs = [job for variant in self.variants for job in variant.jobs]
-        return tuple({(job.id, job.fingerprint or job.data): job for job in jobs}.values())
+        return tuple(
+            {(job.id, job.fingerprint or job.data, job.draw): job for job in jobs}.values()
+        )
 
     @property
     def data(self) -> dict[str, Job]:

@@ -68,15 +68,18 @@ class Journal:
     Arguments:
         store: The results folder.
         jobs: What the jobs are called, by id.
+        started: When the run began; what ended before is not of this run.
         interval: Least seconds between two entries.
     """
 
-    def __init__(self, store: Store, jobs: Mapping[str, str], interval: float = 2.0) -> None:
+    def __init__(
+        self, store: Store, jobs: Mapping[str, str], started: float, interval: float = 2.0
+    ) -> None:
         self._interval, self._last = interval, -interval
         self._base = _folder(store) / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         self._lock: FileLock | None = None
         host, pid = platform.node(), os.getpid()
-        begun = Begun(host=host, pid=pid, started=time.time(), jobs=dict(jobs))
+        begun = Begun(host=host, pid=pid, started=started, jobs=dict(jobs))
         with contextlib.suppress(OSError):
             held = lock(_with(self._base, "lock"))
             held.acquire(timeout=0)

@@ -51,8 +51,8 @@ def remove_jobs(store: Store, jobs: Sequence[str], tracker: Tracker) -> Removed:
         n_bytes = sum(_delete(store.folder(job).path) for job in jobs)
     finally:
         for lock in locks:
-            lock.release()
             Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
     return Removed(tuple(jobs), runs=runs, n_bytes=n_bytes)
 
 

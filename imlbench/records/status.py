@@ -21,7 +21,12 @@ def describe(store: Store) -> str:
     }
     if session is None:
         return "\n".join(_of_folder(records))
-    wanted = {name: records.get(name) for name in session.begun.jobs}
+    wanted = {
+        name: record
+        if (record := records.get(name)) and record.confirmed >= int(session.begun.started)
+        else None
+        for name in session.begun.jobs
+    }
     return "\n".join([*_of_session(session, wanted), *_of_failures(wanted, session)])
 
 

@@ -261,6 +261,7 @@ class _Scorer:
                     reasons[task.label] = NotApplicable(key=key, reason=reason)
                 else:
                     record = self._folder.write(record.with_score(self._score(metric, task)))
+                    reasons.pop(task.label, None)
             except ANYTHING as error:  # a metric is somebody else's code
                 logger.error("metric %s failed", task.label, exc_info=True)
                 self._failures[task.label] = error

@@ -14,7 +14,7 @@ from typing import IO
 
 from filelock import Timeout
 
-from imlbench.errors import UserError
+from imlbench.errors import UserError, plain
 from imlbench.records.files import set_aside
 from imlbench.records.folder import JobFolder
 from imlbench.records.record import Status
@@ -155,9 +155,9 @@ def _end_of(active: _Active, exit: Exit) -> Event:
     """Return how a job ended, and record it if the job could not."""
     if exit.is_lost:
         return Lost(reason=str(exit))
-    if active.last is not None and not exit.is_timed_out:
+    if active.last is not None:  # also if its time was over just then
         return active.last
-    status, reason = Status.FAILED, str(exit)
+    status, reason = Status.FAILED, f"{exit}{_last_words(active.assignment.folder)}"
     if exit.is_timed_out:
         status, reason = Status.TIMEOUT, f"stopped after {active.assignment.time_limit:g} s"
     elif active.is_stopped:
@@ -168,6 +168,16 @@ def _end_of(active: _Active, exit: Exit) -> Event:
     with contextlib.suppress(Timeout, OSError), folder.lock.acquire(timeout=1):
         folder.end(status, reason)  # unless another process is at it by now
     return Ended(status=status, reason=reason)
+
+
+def _last_words(folder: JobFolder) -> str:
+    """Return the last line of a job's log; empty if there is none."""
+    with contextlib.suppress(OSError), folder.log.open("rb") as file:
+        file.seek(max(0, folder.log.stat().st_size - 4096))
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        if lines:
+            return f"; its log ends: {plain(lines[-1], 200)}"
+    return ""
 
 
 def _oom_kills() -> int:

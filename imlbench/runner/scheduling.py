@@ -158,7 +158,11 @@ class _Queue:
         kinds = [kind for kind, jobs in self._pending.items() if jobs]
         if not kinds:
             return None
-        job = self._pending[max(kinds, key=self._expected)].popleft()
+        pending = self._pending[max(kinds, key=self._expected)]
+        job = pending.popleft()
+        if job.id in self._running or job.id in self._waiting:  # with samples drawn otherwise
+            pending.append(job)
+            return None
         self._running[job.id] = job, now
         self._n_slots = max(self._n_slots, len(self._running))
         return job

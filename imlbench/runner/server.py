@@ -41,6 +41,8 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _TICK = 1.0
 _SUSPENDED = 0.1
 """How much suspended time counts: a task that suspends itself must end some day."""
+_LONGEST_IMPORT = 600.0
+"""Seconds that a task in a new interpreter may take to begin: all plugins are imported again."""
 PATIENCE = 5.0
 """Seconds between asking a process to end and ending it."""
 
@@ -164,7 +166,8 @@ class _Server:
     def _patience(self) -> float | None:
         if any(child.kill_at is not None for child in self._children.values()):
             return 0.05
-        return _TICK if any(c.time_limit for c in self._children.values()) else None
+        is_watched = any(c.time_limit or not c.has_begun for c in self._children.values())
+        return _TICK if is_watched else None
 
     def _tell(self, **answer: object) -> None:
         try:
@@ -274,7 +277,10 @@ class _Server:
             if not child.has_begun:
                 with contextlib.suppress(BlockingIOError):
                     os.read(child.begun, 1)
-                    child.has_begun = True
+                    child.has_begun, child.seconds = True, 0.0
+                child.seconds += seconds
+                if child.seconds > _LONGEST_IMPORT:
+                    child.ask_to_end(PATIENCE)
             elif child.time_limit is not None:
                 child.seconds += seconds * (_SUSPENDED if child.is_suspended() else 1.0)
                 if child.seconds > child.time_limit and not child.is_timed_out:
