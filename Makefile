@@ -24,7 +24,7 @@ test: $(VENV)/.test-installed  ## the whole default test suite
 slow: $(VENV)/.test-installed  ## the tests that take minutes
 	$(BIN)/pytest -m slow
 
-speed: $(VENV)/.speed-installed  ## speed beside other libraries, and of the runner; about an hour
+speed: $(VENV)/.speed-installed  ## speed beside other libraries, and of the runner; about 35 minutes
 	$(BIN)/python -m speed
 
 campaign: $(VENV)/.test-installed  ## a thousand faults, and docs/reliability.md; about an hour on two cores

@@ -15,6 +15,8 @@ from imlbench.errors import UserError, unknown
 
 HERE = Path("benchmarks.toml")
 MOST_SEEDS = 10_000
+MOST_SAMPLES = 10_000_000
+MOST_DRAWS = 10_000
 LARGEST_FILE = 10_000_000
 
 _T = TypeVar("_T")
@@ -36,9 +38,9 @@ def parse_seeds(text: object) -> object:
             found = range(int(first), int(last if dots else first) + 1)
         except ValueError:
             raise ValueError("must be like 0..2 or 0,1,2") from None
-        if not found:
+        if found.stop <= found.start:
             raise ValueError("must be like 0..2, the smaller number first")
-        if len(seeds) + len(found) > MOST_SEEDS:
+        if len(seeds) + (found.stop - found.start) > MOST_SEEDS:  # len() knows no such numbers
             raise ValueError(f"must be at most {MOST_SEEDS} seeds")
         seeds += found
     return seeds
@@ -62,8 +64,8 @@ class _Table(BaseModel):
     datasets: Names | None = None
     metrics: Names | None = None
     seeds: Seeds | None = None
-    n_samples: Annotated[int, Field(ge=2, strict=True)] | None = None
-    n_draws: Annotated[int, Field(ge=1, strict=True)] | None = None
+    n_samples: Annotated[int, Field(ge=2, le=MOST_SAMPLES, strict=True)] | None = None
+    n_draws: Annotated[int, Field(ge=1, le=MOST_DRAWS, strict=True)] | None = None
     set: dict[str, object] = {}
     grid: dict[str, object] = {}
 
