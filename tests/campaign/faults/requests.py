@@ -62,7 +62,7 @@ def _of_names() -> Iterator[Mistake]:
         for name in ("vea", "nothing-*", "[", "../../etc", *odd):
             given = {**others, option: name}
             yield Mistake(("run", *(part for pair in given.items() for part in pair)))
-    for name in ("nothing", "demoo", "", "--", *CONTROL.values()):
+    for name in ("nothing", "demoo", "", *CONTROL.values()):
         yield Mistake(("run", name))
         yield Mistake(("plugins", name)) if name else Mistake(("plan", "nothing"))
     for name in CONTROL.values():
