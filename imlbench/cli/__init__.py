@@ -86,6 +86,7 @@ class _Group(click.Group):
             if signal.getsignal(unasked) is not signal.SIG_IGN:  # as nohup asks for
                 signal.signal(unasked, signal.default_int_handler)
         _allow_open_files()
+        gc.set_threshold(100_000, 50, 1000)  # records are many, and stay
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -346,7 +347,6 @@ def leaderboard(
     format_: Format,
 ) -> None:
     """Print a table per dataset of all results."""
-    gc.disable()  # it would look at thousands of records over and over, and the process ends soon
     from imlbench.session import results as read_results
 
     found = read_results(results, tracking=tracking, config=config)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -120,7 +121,7 @@ def is_intact(path: Path, known: File, *, thoroughly: bool = False) -> bool:
     """
     try:
         found = path.stat()
-        if not path.is_file() or found.st_size != known.size:
+        if not stat.S_ISREG(found.st_mode) or found.st_size != known.size:
             return False
         is_untouched = found.st_mtime_ns == known.mtime_ns and not thoroughly
         return is_untouched or sha256(path) == known.sha256
