@@ -38,7 +38,13 @@ QUICK = {
 }
 LOOPS = {"vae", "gan", "wgan", "iml-gaussian", "iml-gmm", "iml-dpgmm", "iml-hmm", "iml-rnn"}
 PAIRS = [
-    (cls, kind, {"latent_dim": 1} if kind == "vector" else {"latent_dim": 2})
+    pytest.param(
+        cls,
+        kind,
+        {"latent_dim": 1} if kind == "vector" else {"latent_dim": 2},
+        # Half a minute each; smaller images show the same of these networks' loops.
+        marks=[pytest.mark.slow] if kind == "large-image" and cls.family == "gan" else [],
+    )
     for cls in Registry().models.values()
     for kind in SPACES
     if SPACES[kind].kind in cls.kinds

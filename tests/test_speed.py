@@ -267,6 +267,7 @@ def test_a_command_that_fails_says_why(tmp_path):
         imlbench(tmp_path, "plan", "nobody")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has /proc")
 def test_jobs_that_were_copied_are_done_and_their_times_add_up(tmp_path):
     """The copies are reused; of the two jobs that were run, every moment is in one phase."""
