@@ -74,6 +74,11 @@ def plain(text: str, length: int = 2000) -> str:
     return short if len(short) <= length else f"{short[: length - 1]}…"
 
 
+def last_line(text: str) -> str:
+    """Return the last line of a text that says something; empty if none does."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """Return ``unknown <what> 'name'.`` with the nearest name and the list of known ones.
 

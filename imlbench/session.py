@@ -13,7 +13,6 @@ Example::
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -464,13 +463,15 @@ class Session:
         from imlbench.runner.local import choose_devices
 
         options = self.options
-        if options.executor != "local":
-            package = {"ray": "ray", "slurm": "submitit"}[options.executor]
-            if importlib.util.find_spec(package) is None:
-                raise UserError(
-                    f"--executor {options.executor}: needs the package {package}. Install it: "
-                    f"pip install 'imlbench[{options.executor}]'"
-                )
+        if options.executor == "ray":
+            from imlbench.runner.ray_runner import import_ray
+
+            import_ray()
+            return []
+        if options.executor == "slurm":
+            from imlbench.runner.slurm_runner import import_submitit
+
+            import_submitit()
             return []
         n_cuda = 0 if options.device == "cpu" else count_devices(self._pool)
         return choose_devices(options.device, n_cuda)
@@ -643,8 +644,8 @@ def describe_plugins(name: str = "") -> str:
         UserError: There is none of that name.
     """
     from imlbench.api.sources import Sources
+    from imlbench.files import read_facts, write_facts
     from imlbench.plan.installed import stamp
-    from imlbench.records.files import read_facts, write_facts
     from imlbench.runner.calls import describe
     from imlbench.runner.pool import Pool
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from imlbench.errors import UserError, unknown
-from imlbench.records.files import write_atomically, write_text
+from imlbench.files import write_atomically, write_text
 from speed import hmm, jobs, kde, likelihood, mixture, report, reuse, training, whole
 from speed.case import Case, Record
 from speed.runner import measure_apart

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from imlbench import Examples, Sources, Space, Splits
+from imlbench.files import read_tensors, write_tensors
 from imlbench.plan.identity import code_of, digest
 from imlbench.plan.registry import Registry
-from imlbench.records.files import read_tensors, write_tensors
 from imlbench.runner import fitting
 from imlbench.testing import CheckContext
 

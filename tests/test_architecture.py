@@ -13,7 +13,7 @@ import imlbench
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    ["errors"],
+    ["errors", "files", "processes"],
     ["api"],
     ["densities", "training", "networks"],
     ["plan"],
@@ -24,7 +24,13 @@ LAYERS = (
 )
 """From the ground up: a module may import its own layer's and lower ones, under its package."""
 
-PUBLIC = ("imlbench.api", "imlbench.densities", "imlbench.networks", "imlbench.training")
+PUBLIC = (
+    "imlbench.api",
+    "imlbench.densities",
+    "imlbench.files",
+    "imlbench.networks",
+    "imlbench.training",
+)
 """What plugins may use beside the names that ``imlbench`` itself exports."""
 
 

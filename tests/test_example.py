@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from imlbench import Sources, Splits
-from imlbench.records.files import read_tensors
+from imlbench.files import read_tensors
 from imlbench.records.folder import JobFolder
 from imlbench_images.digits import Digits, DigitsParams
 

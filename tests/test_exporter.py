@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 
 from imlbench import UserError
+from imlbench.files import describe
 from imlbench.records import tracking
 from imlbench.records.exporter import Exporter
-from imlbench.records.files import describe
 from imlbench.records.folder import Store
 from imlbench.records.record import (
     Environment,

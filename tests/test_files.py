@@ -10,10 +10,7 @@ import pytest
 import torch
 
 from imlbench import Sources, UserError, load
-from imlbench.plan.config import make_benchmark
-from imlbench.plan.planning import identify_data, make_plan
-from imlbench.plan.registry import Registry
-from imlbench.records.files import (
+from imlbench.files import (
     lock,
     read_facts,
     read_sealed,
@@ -22,6 +19,9 @@ from imlbench.records.files import (
     write_facts,
     write_sealed,
 )
+from imlbench.plan.config import make_benchmark
+from imlbench.plan.planning import identify_data, make_plan
+from imlbench.plan.registry import Registry
 from imlbench.records.folder import JobFolder, Store
 from imlbench.records.record import Record, Status
 from imlbench.runner.contract import Assignment

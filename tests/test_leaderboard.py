@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 
 from imlbench import UserError
+from imlbench.files import File
 from imlbench.records.folder import JobFolder, Store
-from imlbench.records.record import Drawn, Environment, File, Fit, Record, Scored, Status
+from imlbench.records.record import Drawn, Environment, Fit, Record, Scored, Status
 from imlbench.records.render import render
 from imlbench.records.tables import Cell, Table, entries, make_tables
 

@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from imlbench import Diverged, Metric, Model, Params, Score, Sources, Space
+from imlbench.files import read_tensors
 from imlbench.plan.config import make_benchmark
 from imlbench.plan.jobs import Plan
 from imlbench.plan.planning import identify_data, make_plan
 from imlbench.plan.registry import Registry
-from imlbench.records.files import read_tensors
 from imlbench.records.folder import JobFolder, Store
 from imlbench.records.record import Status
 from imlbench.runner.context import JobContext

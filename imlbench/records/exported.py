@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
+from imlbench.files import write_text
 from imlbench.plan.identity import digest
-from imlbench.records.files import write_text
 from imlbench.records.folder import JobFolder, Store
 
 EXPERIMENT = "imlbench"

@@ -7,7 +7,6 @@ jobs as lines of JSON, answers by lines of JSON, and is killed if it no longer a
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import selectors
@@ -19,13 +18,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from imlbench.processes import die_with_parent, python_path
 from imlbench.records.exported import Exported, unreachable
 from imlbench.records.folder import JobFolder, Store
 
 if TYPE_CHECKING:
     from imlbench.records.tracking import Tracker
 
-_PR_SET_PDEATHSIG = 1
 _NICENESS = 5  # jobs have precedence
 _REST = 60.0  # seconds during which a server that was away is not asked again
 _LONGEST_LOG = 1 << 20
@@ -216,7 +215,7 @@ class _Child:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,  # the parent decides on Ctrl-C
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env={**os.environ, "PYTHONPATH": python_path()},
                 bufsize=0,
             )
         assert self._process.stdin is not None
@@ -291,17 +290,6 @@ def _parsed(lines: Sequence[bytes]) -> Iterator[_Line]:
     for line in lines:
         with contextlib.suppress(ValueError):
             yield json.loads(line)
-
-
-def die_with_parent(parent: int) -> None:
-    """Ask the kernel to end this process when its parent ends, for whatever reason.
-
-    Where it cannot be asked, the end of its input tells the process.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was too late
-            os._exit(1)
 
 
 def main() -> None:

@@ -16,12 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import JsonValue, TypeAdapter
 
 from imlbench.errors import UserError
-from imlbench.plan.identity import digest
-from imlbench.records.files import (
+from imlbench.files import (
+    File,
     describe,
     is_intact,
     lock,
@@ -31,7 +31,8 @@ from imlbench.records.files import (
     write_tensors,
     write_text,
 )
-from imlbench.records.record import SCHEMA, File, Fit, Point, Record, Status
+from imlbench.plan.identity import digest
+from imlbench.records.record import SCHEMA, Fit, Point, Record, Status
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -224,6 +225,17 @@ class JobFolder:
             return None
         ended = {"status": status, "reason": reason, "ended": record.ended or time.time()}
         return self.write(record.model_copy(update=ended))
+
+    def end_unless_held(self, status: Status, reason: str, held: FileLock | None = None) -> None:
+        """Record how a job ended that could not say it, unless another process is at it by now.
+
+        Arguments:
+            status: How it ended.
+            reason: Why.
+            held: The job's lock, if the caller holds it.
+        """
+        with contextlib.suppress(Timeout, OSError), (held or self.lock).acquire(timeout=1):
+            self.end(status, reason)
 
     def remove_unfinished(self) -> None:
         """Remove what a process that was stopped had begun to write."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from imlbench.records.files import is_held, lock, write_text
+from imlbench.files import is_held, lock, write_text
 from imlbench.records.folder import Store
 from imlbench.records.record import Fact
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from imlbench.files import File
 from imlbench.plan.settings import Settings
 
 if TYPE_CHECKING:
@@ -34,20 +35,6 @@ class Fact(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
     )
-
-
-class File(Fact):
-    """A file as it was written.
-
-    Arguments:
-        sha256: Of its content.
-        size: Bytes.
-        mtime_ns: When it was modified, in nanoseconds since 1970.
-    """
-
-    sha256: str
-    size: int
-    mtime_ns: int
 
 
 class Environment(Fact):

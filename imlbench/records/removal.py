@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from imlbench.errors import UserError
-from imlbench.records.files import is_held
+from imlbench.files import is_held
 from imlbench.records.folder import JobFolder, Store
 from imlbench.records.tables import superseded
 from imlbench.records.tracking import Tracker

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from filelock import Timeout
 
 from imlbench.errors import UserError
+from imlbench.files import lock
 from imlbench.plan.identity import digest
 from imlbench.records import terms
 from imlbench.records.database import (
@@ -39,7 +40,6 @@ from imlbench.records.exported import (
     unreachable,
     without_password,
 )
-from imlbench.records.files import lock
 from imlbench.records.folder import JobFolder, Store, parse_record
 from imlbench.records.record import Record, Status
 

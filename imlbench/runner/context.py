@@ -15,12 +15,12 @@ from torch import nn
 
 from imlbench.api.model import FitContext, Stateful
 from imlbench.errors import Diverged
+from imlbench.files import lock, read_sealed, write_sealed
 from imlbench.plan.identity import code_of, digest, is_within
 from imlbench.plan.jobs import Job
-from imlbench.records.files import lock, read_sealed, write_sealed
 from imlbench.records.record import Point
-from imlbench.runner.plain import as_json
 from imlbench.runner.resuming import Checkpoints
+from imlbench.runner.values import as_json
 
 MOST_POINTS = 20_000
 """Points that are kept of one learning curve of more steps."""

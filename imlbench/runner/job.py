@@ -22,10 +22,8 @@ from torch import Tensor
 from imlbench.api import AnyArtifact, AnyMetric, AnyModel, Evaluation, Examples, LogProb, Splits
 from imlbench.api.randomness import make_generator
 from imlbench.errors import ANYTHING, DataError, UserError, brief
-from imlbench.plan.identity import digest
-from imlbench.plan.jobs import Job, Task
-from imlbench.plan.registry import Registry
-from imlbench.records.files import (
+from imlbench.files import (
+    File,
     describe,
     lock,
     read_sealed,
@@ -33,8 +31,11 @@ from imlbench.records.files import (
     write_sealed,
     write_tensors,
 )
+from imlbench.plan.identity import digest
+from imlbench.plan.jobs import Job, Task
+from imlbench.plan.registry import Registry
 from imlbench.records.folder import JobFolder, Store
-from imlbench.records.record import Drawn, File, Fit, NotApplicable, Record, Scored, Shown
+from imlbench.records.record import Drawn, Fit, NotApplicable, Record, Scored, Shown
 from imlbench.runner.context import JobContext
 from imlbench.runner.contract import Assignment, Began, Event, Progress
 from imlbench.runner.drawing import draw

@@ -12,10 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from filelock import Timeout
-
-from imlbench.errors import UserError, plain
-from imlbench.records.files import set_aside
+from imlbench.errors import UserError, last_line, plain
+from imlbench.files import set_aside
 from imlbench.records.folder import JobFolder
 from imlbench.records.record import Status
 from imlbench.runner.contract import EVENT, Assignment, Ended, Event, Lost, Waits
@@ -164,9 +162,7 @@ def _end_of(active: _Active, exit: Exit) -> Event:
         status, reason = Status.INTERRUPTED, "stopped by the user"
     elif exit.code == -signal.SIGKILL and _oom_kills() > active.oom_kills:
         status, reason = Status.OUT_OF_MEMORY, "the system killed the process to free memory"
-    folder = active.assignment.folder
-    with contextlib.suppress(Timeout, OSError), folder.lock.acquire(timeout=1):
-        folder.end(status, reason)  # unless another process is at it by now
+    active.assignment.folder.end_unless_held(status, reason)
     return Ended(status=status, reason=reason)
 
 
@@ -174,9 +170,8 @@ def _last_words(folder: JobFolder) -> str:
     """Return the last line of a job's log; empty if there is none."""
     with contextlib.suppress(OSError), folder.log.open("rb") as file:
         file.seek(max(0, folder.log.stat().st_size - 4096))
-        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-        if lines:
-            return f"; its log ends: {plain(lines[-1], 200)}"
+        last = last_line(file.read().decode(errors="replace"))
+        return f"; its log ends: {plain(last, 200)}" if last else ""
     return ""
 
 

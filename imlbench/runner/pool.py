@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from imlbench.errors import UserError
+from imlbench.processes import python_path
 from imlbench.runner import server
 
 LIMIT = "IMLBENCH_PLUGIN_LIMIT"
@@ -375,10 +375,7 @@ class Pool:
 
 def _environment() -> dict[str, str]:
     """Return the environment of the server: folders are named as seen from anywhere."""
-    usual = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib")})
-    # Other interpreters, which plugins may start, must not be given the library of this one.
-    paths = [path for path in sys.path if path and not path.startswith(usual)]
-    found = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    found = {**os.environ, "PYTHONPATH": python_path()}
     for name in ("IMLBENCH_DATA", "IMLBENCH_CACHE"):
         if found.get(name):
             found[name] = os.path.abspath(found[name])

@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from imlbench.errors import UserError
+from imlbench.errors import UserError, last_line
+from imlbench.processes import python_path
 from imlbench.records.folder import Store
 from imlbench.records.record import Status
 from imlbench.runner.contract import (
@@ -74,7 +74,7 @@ class RayRunner:
         is_shared: bool | None = None,
         make: Make = LocalRunner,
     ) -> None:
-        self._ray = _import_ray()
+        self._ray = import_ray()
         self._is_shared, self._make = is_shared, make
         self._is_ours = not self._ray.is_initialized()
         self._temporary = _connect(self._ray, address, n_workers) if self._is_ours else None
@@ -88,7 +88,8 @@ class RayRunner:
 
     def n_free(self) -> int:
         self._listen(0.0)
-        return sum(slot.is_free for slot in self._slots)
+        n_untold = sum(isinstance(event, End) for _, event in self._news)
+        return max(0, sum(slot.is_free for slot in self._slots) - n_untold)
 
     def start(self, assignment: Assignment) -> None:
         slot = next(slot for slot in self._slots if slot.is_free)
@@ -135,7 +136,7 @@ class RayRunner:
 
     def _hire(self) -> _Slot:
         """Return a slot with a new worker: free as soon as it has said where it is."""
-        path = os.pathsep.join(filter(None, sys.path))
+        path = python_path()
         worker = self._ray.remote(Worker).options(
             num_cpus=1,
             num_gpus=self._gpus,
@@ -147,7 +148,7 @@ class RayRunner:
 
     def _replace(self, slot: _Slot, error: Exception) -> None:
         """Put a new worker in the place of one that failed."""
-        reason = _last_line(error)
+        reason = last_line(str(error))
         self._n_stillborn = 0 if slot.node else self._n_stillborn + 1
         if self._n_stillborn >= _ATTEMPTS:
             raise UserError(
@@ -155,9 +156,7 @@ class RayRunner:
                 f"{reason}. imlbench and its plugins have to be installed on every node."
             ) from error
         if slot.assignment and isinstance(error, self._ray.exceptions.RayTaskError):
-            folder = slot.assignment.folder
-            with contextlib.suppress(Timeout, OSError), (slot.lock or folder.lock).acquire(1):
-                folder.end(Status.FAILED, reason)
+            slot.assignment.folder.end_unless_held(Status.FAILED, reason, slot.lock)
             self._end(slot, Ended(status=Status.FAILED, reason=reason))
         elif slot.assignment:
             self._end(slot, Lost(reason=f"the worker is gone: {reason}"))
@@ -399,12 +398,6 @@ def _put(assignment: Assignment, files: Files) -> None:
             shutil.rmtree((root / part).with_suffix(".fit"), ignore_errors=True)
 
 
-def _last_line(error: Exception) -> str:
-    """Return what an error of Ray's says in the end."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
 def _share(n_gpus: int, n_workers: int) -> float:
     """Return the part of a GPU that each worker can have.
 
@@ -415,7 +408,12 @@ def _share(n_gpus: int, n_workers: int) -> float:
     return math.floor(1e4 / max(1, math.ceil(n_workers / n_gpus))) / 1e4 if n_gpus else 0.0
 
 
-def _import_ray() -> Any:
+def import_ray() -> Any:
+    """Return the package ray, made quiet.
+
+    Raises:
+        UserError: It is not installed.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning of change
     try:
@@ -437,7 +435,7 @@ def _connect(ray: Any, address: str | None, n_workers: int) -> str | None:
         except (ConnectionError, ValueError) as error:
             raise UserError(
                 f"--ray-address: must be the address of a running cluster; got '{address}' "
-                f"({_last_line(error)}). Start one with ray start --head."
+                f"({last_line(str(error))}). Start one with ray start --head."
             ) from error
         return None
     # Names of sockets may not be long, as some temporary folders are.

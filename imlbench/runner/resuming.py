@@ -18,7 +18,7 @@ import torch
 from pydantic import JsonValue, TypeAdapter
 
 from imlbench.api.model import Stateful
-from imlbench.records.files import write_atomically
+from imlbench.files import write_atomically
 from imlbench.records.record import Point
 
 logger = logging.getLogger("imlbench")

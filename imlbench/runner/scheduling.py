@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import Counter, defaultdict, deque
@@ -11,10 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from filelock import Timeout
-
+from imlbench.files import is_held
 from imlbench.plan.jobs import Job, Plan
-from imlbench.records.files import is_held
 from imlbench.records.folder import Store
 from imlbench.records.record import Record, Status
 from imlbench.runner.contract import Assignment, Ended, Event, Lost, Runner, Waits
@@ -114,7 +111,8 @@ def run_jobs(
             for name, event in runner.wait(_TICK):
                 outcome = queue.hear(name, event, watchers)
                 if outcome is not None and isinstance(event, Lost):
-                    _record(outcome, replace(template, job=outcome.job))
+                    folder = replace(template, job=outcome.job).folder
+                    folder.end_unless_held(outcome.status, outcome.reason)
                 if outcome is not None:
                     for watcher in watchers:
                         watcher.end(outcome)
@@ -135,7 +133,7 @@ class _Queue:
         self._waiting: dict[str, tuple[Job, Path, float]] = {}
         self._running: dict[str, tuple[Job, float]] = {}
         self._tries: Counter[str] = Counter()
-        self._took = {kind: [seconds] for kind, seconds in known.items()}
+        self._took = {kind: (1, seconds) for kind, seconds in known.items()}
         self._n_slots = 1
 
     @property
@@ -145,8 +143,8 @@ class _Queue:
 
     def _expected(self, kind: _Kind) -> float:
         """Return how long a job will take, judged by others of its model and dataset."""
-        took = self._took.get(kind)
-        return math.fsum(took) / len(took) if took else math.inf
+        n_jobs, seconds = self._took.get(kind, (0, math.inf))
+        return seconds / max(n_jobs, 1)
 
     def next(self) -> Job | None:
         """Take the job to start next: the longest; one of which nothing is known counts as such."""
@@ -155,17 +153,16 @@ class _Queue:
             if now >= not_before and not is_held(lock):
                 del self._waiting[name]
                 self._pending[_kind_of(job)].appendleft(job)
-        kinds = [kind for kind, jobs in self._pending.items() if jobs]
-        if not kinds:
-            return None
-        pending = self._pending[max(kinds, key=self._expected)]
-        job = pending.popleft()
-        if job.id in self._running or job.id in self._waiting:  # with samples drawn otherwise
-            pending.append(job)
-            return None
-        self._running[job.id] = job, now
-        self._n_slots = max(self._n_slots, len(self._running))
-        return job
+        for kind in sorted(self._pending, key=self._expected, reverse=True):
+            pending = self._pending[kind]
+            for _ in range(len(pending)):
+                job = pending.popleft()
+                if job.id not in self._running and job.id not in self._waiting:
+                    self._running[job.id] = job, now
+                    self._n_slots = max(self._n_slots, len(self._running))
+                    return job
+                pending.append(job)  # the same fit, with samples drawn otherwise, comes later
+        return None
 
     def hear(self, name: str, event: Event, watchers: Sequence[Watcher]) -> Outcome | None:
         """Take note of what a job says; return its outcome if that was its end."""
@@ -175,7 +172,8 @@ class _Queue:
         if isinstance(event, Ended):
             seconds = time.monotonic() - began
             if event.status is Status.DONE:
-                self._took.setdefault(_kind_of(job), []).append(seconds)
+                n_jobs, before = self._took.get(_kind_of(job), (0, 0.0))
+                self._took[_kind_of(job)] = n_jobs + 1, before + seconds
             return Outcome(job, event.status, event.reason, seconds=seconds)
         if isinstance(event, Lost):
             self._tries[name] += 1
@@ -199,13 +197,6 @@ class _Queue:
         ]
         total = sum(left)
         return total / self._n_slots if math.isfinite(total) else None
-
-
-def _record(outcome: Outcome, assignment: Assignment) -> None:
-    """Record how a job ended that was lost, unless another process is at it by now."""
-    folder = assignment.folder
-    with contextlib.suppress(Timeout, OSError), folder.lock.acquire(timeout=1):
-        folder.end(outcome.status, outcome.reason)
 
 
 def _kind_of(job: Job) -> _Kind:

@@ -11,8 +11,8 @@ from torch import Tensor
 from imlbench.api.artifact import AnyArtifact
 from imlbench.api.capabilities import members
 from imlbench.api.metric import AnyMetric, Evaluation, Score
-from imlbench.runner.plain import as_json
 from imlbench.runner.seeding import seeded
+from imlbench.runner.values import as_json
 
 
 def why_not(plugin: AnyMetric | AnyArtifact, evaluation: Evaluation) -> str:

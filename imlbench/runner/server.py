@@ -14,7 +14,6 @@ BARRED`` carries out one task in a process that was not forked from the server.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import importlib
@@ -32,12 +31,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imlbench.errors import UserError
+from imlbench.processes import adopt_orphans, die_with_parent, outlive_parent
 
 if TYPE_CHECKING:
     from imlbench.plan.registry import Registry
 
 MODULE = "imlbench.runner.server"
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _TICK = 1.0
 _SUSPENDED = 0.1
 """How much suspended time counts: a task that suspends itself must end some day."""
@@ -106,7 +105,7 @@ class _Child:
 
     def is_suspended(self) -> bool:
         """Whether somebody has stopped it."""
-        return _state_of(self.pid) in ("T", "t")
+        return _stat_of(self.pid)[:1] in (["T"], ["t"])
 
 
 class _Server:
@@ -120,18 +119,15 @@ class _Server:
 
     def serve(self) -> None:
         """Import the plugins, then serve until the other side is gone."""
-        if sys.platform == "linux":
-            prctl = ctypes.CDLL(None).prctl
-            prctl(_PR_SET_CHILD_SUBREAPER, 1)
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a plugin may hang: nobody would listen
+        adopt_orphans()
+        die_with_parent(os.getppid())  # while a plugin is imported: it may hang, and nobody listens
         try:
             self._registry = load_registry(self._barred, lambda name: self._tell(importing=name))
             from imlbench.runner import tasks  # noqa: F401 - children need it at once
         except UserError as error:
             self._tell(errors=error.messages)
             return
-        if sys.platform == "linux":
-            prctl(_PR_SET_PDEATHSIG, 0)  # it may be of a thread that ends before the process
+        outlive_parent()  # the parent may be a thread, which ends before its process
         gc.freeze()  # what is there stays: children need not copy its pages to look at it
         self._wake, wake = socket.socketpair()
         self._wake.setblocking(False)
@@ -293,12 +289,8 @@ class _Server:
 def _become_a_task(server: int, log: int) -> None:
     """Make this a session of its own, which ends with the server and prints into its log."""
     os.setsid()
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        if os.getppid() != server:  # it was too late
-            os._exit(1)
+    die_with_parent(server)
+    adopt_orphans()
     signal.set_wakeup_fd(-1)
     for name in (signal.SIGTERM, signal.SIGCHLD):
         signal.signal(name, signal.SIG_DFL)
@@ -320,21 +312,18 @@ def _is_fork_safe() -> bool:
     return sys.platform == "linux" and is_alone and not torch.cuda.is_initialized()
 
 
-def _state_of(pid: int) -> str:
+def _stat_of(pid: int) -> list[str]:
+    """Return what Linux says of a process, from its state and its parent on; else nothing."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def _children_of_this_process() -> list[int]:
     """Return the processes that are this one's children now; an empty list where none can say."""
-    me, found = str(os.getpid()), []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, IndexError):
-            if path.read_text().rpartition(")")[2].split()[1] == me:
-                found.append(int(path.parent.name))
-    return found
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if _stat_of(pid)[1:2] == [str(os.getpid())]]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import json
 import os
 import shlex
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
 from pydantic import ValidationError
 
-from imlbench.errors import UserError, unknown
+from imlbench.errors import UserError, last_line, unknown
+from imlbench.processes import python_path
 from imlbench.records.record import Status
 from imlbench.runner.contract import ASSIGNMENT, EVENT, Assignment, End, Ended, Event, Lost, Runner
 from imlbench.runner.local import LocalRunner
@@ -122,13 +121,13 @@ class SlurmRunner:
         for folder, assignment in zip(folders, batch, strict=True):
             folder.mkdir()
             (folder / "assignment.json").write_bytes(ASSIGNMENT.dump_json(assignment))
-        path = os.pathsep.join(filter(None, sys.path))
+        path = python_path()
         try:
             with environment_variables(PYTHONPATH=path):
                 submitted = self._executor.map_array(self._call, folders)
         except Exception as error:  # of submitit, or of what it calls
             raise UserError(
-                f"--executor slurm: the jobs must be accepted; got '{_last_line(str(error))}'. "
+                f"--executor slurm: the jobs must be accepted; got '{last_line(str(error))}'. "
                 "Change what is asked for with --slurm."
             ) from error
         for assignment, folder, task in zip(batch, folders, submitted, strict=True):
@@ -219,7 +218,7 @@ class _Task:
             return _end(self.assignment, Status.OUT_OF_MEMORY, "stopped by Slurm's memory limit")
         self.is_lost = True
         self.submitted.cancel(check=False)  # Slurm may want to start it again, too
-        said = _last_line(self.submitted.stderr() or "")
+        said = last_line(self.submitted.stderr() or "")
         name = f"Slurm's job {self.submitted.job_id}"
         return Lost(reason=f"{name} is gone ({state.lower()}){said and ': '}{said}")
 
@@ -277,14 +276,24 @@ def _tell(folder: Path, event: Event | None) -> None:
 
 def _end(assignment: Assignment, status: Status, reason: str) -> Ended:
     """Return how a job ended that could not say it, recorded."""
-    folder = assignment.folder
-    with contextlib.suppress(Timeout, OSError), folder.lock.acquire(timeout=1):
-        folder.end(status, reason)  # unless another process is at it by now
+    assignment.folder.end_unless_held(status, reason)
     return Ended(status=status, reason=reason)
 
 
-def _last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+def import_submitit() -> Any:
+    """Return the package submitit.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError(
+            "--executor slurm: needs the package submitit; "
+            "install it with: pip install 'imlbench[slurm]'"
+        ) from error
+    return submitit
 
 
 def _make_executor(folder: Path, parameters: Mapping[str, str], cluster: str) -> Any:
@@ -293,14 +302,9 @@ def _make_executor(folder: Path, parameters: Mapping[str, str], cluster: str) ->
     Raises:
         UserError: There is none, or it does not know a parameter.
     """
-    try:
-        import submitit
-        from submitit.slurm.slurm import SlurmExecutor
-    except ImportError as error:
-        raise UserError(
-            "--executor slurm: needs the package submitit; "
-            "install it with: pip install 'imlbench[slurm]'"
-        ) from error
+    submitit = import_submitit()
+    from submitit.slurm.slurm import SlurmExecutor
+
     types = submitit.AutoExecutor._typed_parameters()
     own = {f"slurm_{name}" for name in SlurmExecutor._valid_parameters()}
     known = {*types, *own, "slurm_max_num_timeout"} - {"nodes", "tasks_per_node", "slurm_nodes"}
@@ -316,7 +320,7 @@ def _make_executor(folder: Path, parameters: Mapping[str, str], cluster: str) ->
         executor.update_parameters(**{"name": "imlbench", **given})
     except RuntimeError as error:
         raise UserError(
-            f"--executor slurm: Slurm must be on this machine; got '{_last_line(str(error))}'. "
+            f"--executor slurm: Slurm must be on this machine; got '{last_line(str(error))}'. "
             "Start from a node on which sbatch and srun are."
         ) from error
     return executor

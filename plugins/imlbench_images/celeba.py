@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from imlbench import DataError, Dataset, Examples, Params, Sources, Space, Splits
+from imlbench.files import File, describe, is_intact, read_facts, write_facts
 from imlbench_images.faces import FaceCrop, NoFace
 
 IMAGES, PARTITION = "celeba/img_align_celeba", "list_eval_partition.txt"
@@ -302,13 +303,13 @@ def decode_images(listing: Listing, folder: Path, crop: Crop, shape: tuple[int, 
             kept[split] = write_array(arrays / f"{split}.npy", images, shape, content.update)
             content.update(f"{split} {kept[split]} {shape}".encode())
     _require_all_splits(kept, listing.folder)
-    facts = {
+    files = {split: asdict(describe(arrays / f"{split}.npy")) for split in SPLITS}
+    facts: dict[str, Any] = {
         "fingerprint": content.hexdigest()[:16],
-        "arrays": {split: _describe(arrays / f"{split}.npy") for split in SPLITS},
+        "files": files,
         **skipped.facts,
     }
-    sealed = json.dumps({"sha256": _hash_of(facts), **facts}, indent=2)
-    (arrays / "facts.json").write_text(sealed + "\n", encoding="utf-8")
+    write_facts(arrays / "facts.json", facts)
     _report(listing.n_images, time.perf_counter() - start, skipped)
 
 
@@ -395,35 +396,17 @@ def _write_header(file: BinaryIO, n: int, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _hash_of(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _describe(path: Path) -> list[str | int]:
-    """Return what a file is known by: SHA-256, bytes, and when it was modified."""
-    found = path.stat()
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return [digest, found.st_size, found.st_mtime_ns]
-
-
-def _is_intact(path: Path, known: list[str | int]) -> bool:
-    """Whether a file is as it was written; it is read if it was modified or copied since."""
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns] == known[1:] or _describe(path)[:2] == known[:2]
-
-
 def read_decoded(folder: Path) -> Splits | None:
     """Map decoded images into memory; ``None`` if they are not there, or not whole."""
+    facts: Any = read_facts(folder / "facts.json")
+    if facts is None:
+        return None
     try:
-        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-        if facts.pop("sha256") != _hash_of(facts):
-            return None
-        if not all(_is_intact(folder / f"{s}.npy", facts["arrays"][s]) for s in SPLITS):
+        if not all(is_intact(folder / f"{s}.npy", File(**facts["files"][s])) for s in SPLITS):
             return None
         # Copy-on-write: torch wants writable memory, and nothing must ever reach the file.
         arrays = [np.load(folder / f"{split}.npy", mmap_mode="c") for split in SPLITS]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     _warn(facts["damaged"])
     train, valid, test = (

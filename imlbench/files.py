@@ -10,18 +10,33 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 from pydantic import JsonValue, TypeAdapter
 
-from imlbench.records.record import File
-
 if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger("imlbench")
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as it was written.
+
+    Arguments:
+        sha256: Of its content, as hexadecimal digits.
+        size: Bytes.
+        mtime_ns: When it was modified, in nanoseconds since 1970.
+    """
+
+    sha256: str
+    size: int
+    mtime_ns: int
+
 
 _FACTS = TypeAdapter(dict[str, JsonValue])
 _OPENING, _CLOSING, _DIGITS = b'{"sha256": "', b'",', 64
