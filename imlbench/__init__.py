@@ -44,7 +44,8 @@ if TYPE_CHECKING:
         hookimpl,
     )
     from imlbench.errors import DataError, Diverged, ParameterError, UserError
-    from imlbench.session import Results, load, results, run
+    from imlbench.reading import Results, load, results
+    from imlbench.session import run
 
 __all__ = [
     "AnyArtifact",
@@ -91,10 +92,10 @@ _NOT_IN_API = {
     "DataError": "errors",
     "Diverged": "errors",
     "ParameterError": "errors",
-    "Results": "session",
+    "Results": "reading",
     "UserError": "errors",
-    "load": "session",
-    "results": "session",
+    "load": "reading",
+    "results": "reading",
     "run": "session",
 }
 

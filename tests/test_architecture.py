@@ -19,7 +19,8 @@ LAYERS = (
     ["plan"],
     ["records"],
     ["runner"],
-    ["session", "testing"],
+    ["reading", "testing"],
+    ["session"],
     ["cli"],
 )
 """From the ground up: a module may import its own layer's and lower ones, under its package."""

@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 
 from imlbench import Sources
 from imlbench.plan.config import make_benchmark
-from imlbench.plan.planning import identify_data, make_plan
+from imlbench.plan.planning import make_plan
 from imlbench.plan.registry import Registry
 from imlbench.records.folder import JobFolder, Store
 from imlbench.runner.contract import Assignment
 from imlbench.runner.job import run_job
+from tests.plans import identify_data
 
 
 def run(

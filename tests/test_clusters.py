@@ -20,7 +20,7 @@ from imlbench.api.space import Space
 from imlbench.errors import UserError
 from imlbench.plan.config import make_benchmark
 from imlbench.plan.jobs import Codes, Job
-from imlbench.plan.planning import identify_data, make_plan
+from imlbench.plan.planning import make_plan
 from imlbench.records.folder import Store
 from imlbench.records.record import Point, Status
 from imlbench.runner import ray_runner, slurm_runner
@@ -39,6 +39,7 @@ from imlbench.runner.local import LocalRunner
 from imlbench.runner.ray_runner import RayRunner
 from imlbench.runner.scheduling import Outcome, run_jobs
 from imlbench.runner.slurm_runner import SlurmRunner
+from tests.plans import identify_data
 
 DONE = Ended(status=Status.DONE)
 LONG = 300.0

@@ -21,8 +21,9 @@ from imlbench import (
 )
 from imlbench.plan.config import find_file, make_benchmark
 from imlbench.plan.describe import describe_one
-from imlbench.plan.planning import identify_data, make_plan
+from imlbench.plan.planning import make_plan
 from imlbench.plan.registry import Registry
+from tests.plans import identify_data
 
 TOML = """
 [defaults]

@@ -20,12 +20,13 @@ from imlbench.files import (
     write_sealed,
 )
 from imlbench.plan.config import make_benchmark
-from imlbench.plan.planning import identify_data, make_plan
+from imlbench.plan.planning import make_plan
 from imlbench.plan.registry import Registry
 from imlbench.records.folder import JobFolder, Store
 from imlbench.records.record import Record, Status
 from imlbench.runner.contract import Assignment
 from imlbench.runner.job import run_job
+from tests.plans import identify_data
 
 TEXT = '{"value": 1.25, "name": "ü"}'
 

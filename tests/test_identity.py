@@ -15,7 +15,8 @@ from imlbench import Sources
 from imlbench.plan import identity
 from imlbench.plan.config import make_benchmark
 from imlbench.plan.identity import closure, code_of
-from imlbench.plan.planning import have_changed, identify_data, make_plan
+from imlbench.plan.planning import have_changed, make_plan
+from tests.plans import identify_data
 
 ROOT = Path(__file__).parent.parent
 MODELS = ("iml-gmm", "vae", "gan", "wgan", "reference-gmm")

@@ -21,13 +21,14 @@ from imlbench import Diverged, Metric, Model, Params, Score, Sources, Space
 from imlbench.files import read_tensors
 from imlbench.plan.config import make_benchmark
 from imlbench.plan.jobs import Plan
-from imlbench.plan.planning import identify_data, make_plan
+from imlbench.plan.planning import make_plan
 from imlbench.plan.registry import Registry
 from imlbench.records.folder import JobFolder, Store
 from imlbench.records.record import Status
 from imlbench.runner.context import JobContext
 from imlbench.runner.contract import Assignment
 from imlbench.runner.job import run_job
+from tests.plans import identify_data
 
 QUICK = ("--epochs", "1", "--set", "hidden_dim=32", "--set", "latent_dim=4")
 RUN = ("run", "--models", "iml-gmm,vae", "--datasets", "digits", *QUICK)

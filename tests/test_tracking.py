@@ -22,13 +22,14 @@ from mlflow.tracking._tracking_service.registry import TrackingStoreRegistry
 import imlbench as api
 from imlbench import Sources, UserError
 from imlbench.plan.config import make_benchmark
-from imlbench.plan.planning import identify_data, make_plan
+from imlbench.plan.planning import make_plan
 from imlbench.records.folder import JobFolder, Store
 from imlbench.records.record import Record, Status
 from imlbench.records.removal import collect_garbage, remove_jobs
 from imlbench.records.tracking import Tracker, read_records
 from imlbench.runner.contract import Assignment
 from imlbench.runner.job import run_job
+from tests.plans import identify_data
 
 
 def run_jobs_here(registry, root: Path, *settings: str, seeds: str = "0") -> Store:

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import math
 import os
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING
 
 import click
 
+from imlbench.cli.options import (
+    Execution,
+    RunOptions,
+    Selection,
+    config_option,
+    make_options,
+    names,
+    plan_options,
+    results_option,
+    run_options,
+    settings_option,
+    split,
+)
 from imlbench.errors import UserError, brief, plain
 
 if TYPE_CHECKING:
@@ -22,60 +34,9 @@ if TYPE_CHECKING:
 
     from imlbench.plan.jobs import Plan, Skip, Variant
     from imlbench.records.folder import Store
-    from imlbench.records.record import Record
     from imlbench.records.render import Format
     from imlbench.records.tracking import Tracker
-    from imlbench.session import Executor, Finished, Options, Session
-
-_Command = TypeVar("_Command", bound=Callable[..., object])
-
-
-class _Seconds(click.FloatRange):
-    """A number of seconds, which NaN is not."""
-
-    name = "seconds"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        seconds = float(super().convert(value, param, ctx))
-        if not math.isfinite(seconds):
-            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
-        return seconds
-
-
-class Selection(TypedDict):
-    """What the options of ``run`` and ``plan`` say."""
-
-    benchmark: str | None
-    models: tuple[str, ...]
-    datasets: tuple[str, ...]
-    metrics: tuple[str, ...]
-    seeds: str | None
-    n_samples: int | None
-    n_draws: int | None
-    settings: tuple[str, ...]
-    epochs: str | None
-    config: Path | None
-
-
-class Execution(TypedDict):
-    """What the options say of how and where jobs are run."""
-
-    data_dir: Path | None
-    offline: bool
-    device: str
-    workers: int | None
-    executor: Executor
-    ray_address: str | None
-    slurm: tuple[str, ...]
-    time_limit: float | None
-    checkpoint_every: float
-    log_tensors: bool
-
-
-class RunOptions(Selection, Execution):
-    """All options of ``run``."""
+    from imlbench.session import Finished, Session
 
 
 class _Group(click.Group):
@@ -138,88 +99,6 @@ def _save_traceback(error: Exception) -> None:
         click.secho(message, err=True, fg="red")
 
 
-def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in (value or "").split(",") if name.strip())
-
-
-def _options_of(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
-    def decorate(command: _Command) -> _Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-_config = click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    help="The file of named benchmarks.  [default: benchmarks.toml, if there]",
-)
-_results = click.option(
-    "--results",
-    type=click.Path(path_type=Path),
-    default=Path("results"),
-    show_default=True,
-    help="Folder for everything that is written.",
-)
-_settings = click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="[PLUGIN.]PARAM=VALUE[,…]",
-    help="A parameter of any plugin; several values make a grid. Repeatable.",
-)
-_run_options = _options_of(
-    click.option("--data-dir", type=click.Path(path_type=Path), help="Look for data here first."),
-    click.option("--offline", is_flag=True, help="Never touch the network."),
-    click.option(
-        "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0, cuda:0,cuda:1"
-    ),
-    click.option(
-        "--workers",
-        type=click.IntRange(1, 10_000),
-        help="Jobs at a time, spread over the devices.  [default: one for each device]",
-    ),
-    click.option(
-        "--executor",
-        type=click.Choice(["local", "ray", "slurm"]),
-        default="local",
-        show_default=True,
-        help="Where jobs are run; see docs/clusters.md.",
-    ),
-    click.option("--ray-address", metavar="ADDRESS", help="Join this Ray cluster."),
-    click.option(
-        "--slurm", multiple=True, metavar="KEY=VALUE", help="What to ask Slurm for. Repeatable."
-    ),
-    click.option(
-        "--time-limit",
-        type=_Seconds(min=0, min_open=True),
-        help="Seconds allowed per job; suspension and imports do not count.",
-    ),
-    click.option(
-        "--checkpoint-every",
-        type=_Seconds(min=0),
-        default=60.0,
-        show_default=True,
-        help="Seconds between two checkpoints within a fit.",
-    ),
-    click.option("--log-tensors", is_flag=True, help="Log checkpoints and samples to MLflow, too."),
-)
-_plan_options = _options_of(
-    click.argument("benchmark", required=False),
-    click.option("--models", callback=_names, help="Names, families or globs: iml,vae,reference-*"),
-    click.option("--datasets", callback=_names, help="Names or globs: digits,mnist"),
-    click.option("--metrics", callback=_names, help="Names or globs.  [default: all that apply]"),
-    click.option("--seeds", help="One job each: 0..2 or 0,1,2.  [default: 0]"),
-    click.option("--n-samples", type=int, help="Samples per draw.  [default: 1000]"),
-    click.option("--n-draws", type=int, help="Independent draws.  [default: 5]"),
-    _settings,
-    click.option("--epochs", help="Short for --set epochs=…"),
-    _config,
-)
-
-
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="imlbench")
 def main() -> None:
@@ -232,9 +111,9 @@ def main() -> None:
 
 
 @main.command()
-@_plan_options
-@_results
-@_run_options
+@plan_options
+@results_option
+@run_options
 @click.option("--force", is_flag=True, help="Run finished jobs again.")
 @click.option("--retry-failed", is_flag=True, help="Run again what did not end well.")
 @click.option("--dry-run", is_flag=True, help="Print the jobs and stop.")
@@ -254,7 +133,7 @@ def run(
     """
     from imlbench.session import Session
 
-    selection, options = _split(given, results, force)
+    selection, options = split(given, results, force)
     with Session(options) as session:
         plan = (_plan_failed if retry_failed else _make_plan)(session, selection)
         if dry_run:
@@ -266,12 +145,12 @@ def run(
 
 
 @main.command()
-@_results
-@click.option("--models", callback=_names, help="Only these: names, families or globs.")
-@click.option("--datasets", callback=_names, help="Only these: names or globs.")
-@click.option("--metrics", callback=_names, help="Names or globs.  [default: all that apply]")
-@_settings
-@_run_options
+@results_option
+@click.option("--models", callback=names, help="Only these: names, families or globs.")
+@click.option("--datasets", callback=names, help="Only these: names or globs.")
+@click.option("--metrics", callback=names, help="Names or globs.  [default: all that apply]")
+@settings_option
+@run_options
 def score(
     results: Path,
     models: tuple[str, ...],
@@ -285,14 +164,15 @@ def score(
     Nothing is fitted again, whatever has become of the models' code.
     """
     from imlbench.plan.config import make_benchmark
+    from imlbench.records.selection import choose
     from imlbench.session import Session
 
     chosen = make_benchmark(
         None, None, models=["*"], datasets=["*"], metrics=metrics, settings=settings
     )
-    with Session(_options(given, results)) as session:
+    with Session(make_options(given, results)) as session:
         session.store.claim()
-        records = _choose("score", session.store, (), models, datasets, ())
+        records = choose("score", session.store, (), models, datasets, ())
         fitted = [record for record in records if record.fit is not None and record.draws]
         if not fitted:
             raise UserError("score: there must be a job that was fitted; none is. Run some first.")
@@ -303,7 +183,7 @@ def score(
 
 
 @main.command()
-@_results
+@results_option
 def status(results: Path) -> None:
     """Tell what is done, running, failed and waiting."""
     from imlbench.records.status import describe
@@ -312,7 +192,7 @@ def status(results: Path) -> None:
 
 
 @main.command()
-@_plan_options
+@plan_options
 def plan(**selection: Unpack[Selection]) -> None:
     """Print what `run` would run."""
     from imlbench.session import Options, Session
@@ -322,11 +202,11 @@ def plan(**selection: Unpack[Selection]) -> None:
 
 
 @main.command()
-@_results
+@results_option
 @click.option("--tracking", metavar="URI", help="Read from this MLflow server, not the folder.")
-@_config
-@click.option("--models", callback=_names, help="Only these: names, families or globs.")
-@click.option("--datasets", callback=_names, help="Only these: names or globs.")
+@config_option
+@click.option("--models", callback=names, help="Only these: names, families or globs.")
+@click.option("--datasets", callback=names, help="Only these: names or globs.")
 @click.option("--metric", "metrics", multiple=True, help="Only this column. Repeatable.")
 @click.option("--sort", help="The metric that orders the rows.  [default: the first column]")
 @click.option(
@@ -347,7 +227,7 @@ def leaderboard(
     format_: Format,
 ) -> None:
     """Print a table per dataset of all results."""
-    from imlbench.session import results as read_results
+    from imlbench.reading import results as read_results
 
     found = read_results(results, tracking=tracking, config=config)
     _warn(
@@ -360,10 +240,10 @@ def leaderboard(
 
 @main.command()
 @click.argument("jobs", nargs=-1)
-@_results
-@click.option("--models", callback=_names, help="All jobs of these: names or globs.")
-@click.option("--datasets", callback=_names, help="All jobs on these: names or globs.")
-@click.option("--status", callback=_names, help="All jobs that ended like this: failed,diverged")
+@results_option
+@click.option("--models", callback=names, help="All jobs of these: names or globs.")
+@click.option("--datasets", callback=names, help="All jobs on these: names or globs.")
+@click.option("--status", callback=names, help="All jobs that ended like this: failed,diverged")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(
     jobs: tuple[str, ...],
@@ -378,11 +258,12 @@ def rm(
     JOBS are names of folders in results/runs, or globs.
     """
     from imlbench.records.removal import remove_jobs
+    from imlbench.records.selection import choose
 
     store, tracker = _open(results)
     if not (jobs or models or datasets or status):
         raise UserError("rm: jobs must be named, by JOBS, --models, --datasets or --status.")
-    chosen = _choose("rm", store, jobs, models, datasets, status)
+    chosen = choose("rm", store, jobs, models, datasets, status)
     for record in chosen:
         click.echo(f"{record.id}: {record.status}")
     if chosen and not yes:
@@ -395,7 +276,7 @@ def rm(
 
 
 @main.command("gc")
-@_results
+@results_option
 def collect(results: Path) -> None:
     """Remove what no job needs any more.
 
@@ -443,6 +324,7 @@ def _plan_failed(session: Session, selection: Selection) -> Plan:
     """Plan what has failed: of the selection, or of the whole results folder."""
     from imlbench.plan.config import make_benchmark
     from imlbench.records.record import Status
+    from imlbench.records.selection import choose
 
     session.store.claim()
     patterns = selection["models"] or ("*",), selection["datasets"] or ("*",)
@@ -456,7 +338,7 @@ def _plan_failed(session: Session, selection: Selection) -> Plan:
         n_draws=selection["n_draws"],
         settings=selection["settings"],
     )
-    records = _choose("run --retry-failed", session.store, (), *patterns, ())
+    records = choose("run --retry-failed", session.store, (), *patterns, ())
     failed = [record for record in records if record.status is not Status.DONE]
     if not failed:
         raise UserError("run --retry-failed: there must be a job that failed; all are done.")
@@ -492,27 +374,6 @@ def _report(finished: Finished) -> None:
         sys.exit(1)
 
 
-def _split(given: RunOptions, results: Path, force: bool) -> tuple[Selection, Options]:
-    """Return what to run, and how."""
-    names = Selection.__annotations__
-    selection = {name: value for name, value in given.items() if name in names}
-    execution = {name: value for name, value in given.items() if name not in names}
-    options = _options(cast("Execution", execution), results, force, given["config"])
-    return cast("Selection", selection), options
-
-
-def _options(
-    given: Execution, results: Path, force: bool = False, config: Path | None = None
-) -> Options:
-    from imlbench.session import Options
-
-    slurm = dict(pair.partition("=")[::2] for pair in given["slurm"])
-    if "" in slurm.values() or "" in slurm:
-        raise UserError("--slurm: must be KEY=VALUE, such as timeout_min=60. See docs/clusters.md.")
-    execution: dict[str, Any] = {**given, "slurm": slurm}
-    return Options(path=results, config=config, force=force, **execution)
-
-
 def _find_config(config: Path | None) -> Path | None:
     from imlbench.plan.config import find_file
 
@@ -532,43 +393,6 @@ def _open(results: Path) -> tuple[Store, Tracker]:
 
     store = _open_store(results)
     return store, Tracker(store)
-
-
-def _choose(
-    command: str,
-    store: Store,
-    jobs: tuple[str, ...],
-    models: tuple[str, ...],
-    datasets: tuple[str, ...],
-    status: tuple[str, ...],
-) -> list[Record]:
-    """Return the records that all of the given options name.
-
-    Raises:
-        UserError: One names nothing.
-    """
-    from fnmatch import fnmatchcase
-
-    from imlbench.errors import unknown
-
-    records = [record for folder in store if (record := folder.read()) is not None]
-    chosen = records
-    for what, patterns, names in (
-        ("job", jobs, {record.id: {record.id} for record in records}),
-        ("model", models, {record.id: {record.model, record.family} for record in records}),
-        ("dataset", datasets, {record.id: {record.dataset} for record in records}),
-        ("status", status, {record.id: {str(record.status)} for record in records}),
-    ):
-        known = set().union(*names.values()) - {""}
-        missing = [p for p in patterns if not any(fnmatchcase(name, p) for name in known)]
-        if missing:
-            raise UserError(*(f"{command}: {unknown(what, p, known)}" for p in missing))
-        chosen = [
-            record
-            for record in chosen
-            if not patterns or any(fnmatchcase(n, p) for n in names[record.id] for p in patterns)
-        ]
-    return chosen
 
 
 def _print_plan(plan: Plan) -> None:

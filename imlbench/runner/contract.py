@@ -31,7 +31,7 @@ class Assignment:
         sources: Where the data are.
         refit_before: What was fitted before this time is fitted again; in seconds since 1970.
         checkpoint_every: Seconds between two checkpoints within a fit.
-        time_limit: Seconds after which the job is ended; suspension and imports do not count.
+        time_limit: Seconds after which the job is ended; time of suspension counts a tenth.
         is_fitted: Only scores and artifacts are wanted, of the checkpoint and samples there are.
         device: Where to compute; the runner decides.
         n_threads: How many threads to use; 0 until the runner has decided.

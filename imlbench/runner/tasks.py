@@ -20,9 +20,10 @@ import torch
 
 from imlbench.api.sources import Sources
 from imlbench.errors import ANYTHING, Diverged, UserError, brief, plain
+from imlbench.plan.data import fingerprint
 from imlbench.plan.describe import describe_all, describe_one
 from imlbench.plan.jobs import Job
-from imlbench.plan.planning import fingerprint, have_changed, make_plan
+from imlbench.plan.planning import have_changed, make_plan
 from imlbench.plan.registry import Registry
 from imlbench.records.folder import Store
 from imlbench.records.record import Status
