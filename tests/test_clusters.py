@@ -361,7 +361,7 @@ def test_without_slurm_or_its_package_the_user_is_told(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """Ray, started by somebody else, with room for four workers."""
-    ray = ray_runner._import_ray()
+    ray = ray_runner.import_ray()
     temporary = ray_runner._connect(ray, None, 4)
     yield
     ray.shutdown()

@@ -19,11 +19,12 @@ from importlib.metadata import PackageNotFoundError, distribution, packages_dist
 from pathlib import Path
 from typing import NamedTuple
 
+_spell = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+
 
 def digest(*parts: object) -> str:
     """Return a hash of JSON values, of 16 hexadecimal digits."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(_spell(parts).encode()).hexdigest()[:16]
 
 
 @functools.cache
@@ -55,13 +56,14 @@ def closure(module: str) -> frozenset[Path]:
         file = waiting.pop()
         if file is not None and file not in found:
             found.add(file)
-            waiting += [_resolve(wanted, roots) for wanted in _imports(file, roots)]
+            imports = _imports(file, _package_of(file, roots))
+            waiting += [_resolve(wanted, roots) for wanted in imports]
     return frozenset(found)
 
 
 def forget() -> None:
     """Look at the files anew: they may have changed since the last plan of this process."""
-    for function in (code_of, closure, _tree, _syntax, _source_roots, _place):
+    for function in (code_of, closure, _imports, _reexports, _tree, _syntax, _source_roots, _place):
         function.cache_clear()
     _STAMPS.clear()
 
@@ -177,28 +179,52 @@ def _resolve(wanted: Import, roots: Roots, passed: frozenset[Import] = frozenset
     inner = _find(f"{wanted.module}.{wanted.name}", roots) if wanted.name else None
     file = inner or _find(wanted.module, roots)
     if inner is None and file is not None and file.name == "__init__.py" and wanted not in passed:
-        for passed_on, names in _from_imports(ast.walk(_tree(file)), _package_of(file, roots)):
-            if wanted.name in names:
-                further = Import(passed_on, names[wanted.name])
-                return _resolve(further, roots, passed | {wanted}) or file
+        further = _reexports(file, _package_of(file, roots)).get(wanted.name)
+        if further is not None:
+            return _resolve(further, roots, passed | {wanted}) or file
     return file
 
 
-def _imports(file: Path, roots: Roots) -> Iterator[Import]:
-    """Yield what a file imports; ``import a`` followed by ``a.b`` counts as importing b from a."""
+@functools.cache
+def _reexports(file: Path, package: str) -> dict[str, Import]:
+    """Return where the names come from that a file imports from elsewhere."""
+    found: dict[str, Import] = {}
+    for module, names in _from_imports(ast.walk(_tree(file)), package):
+        for name, there in names.items():
+            found.setdefault(name, Import(module, there))
+    return found
+
+
+@functools.cache
+def _imports(file: Path, package: str) -> tuple[Import, ...]:
+    """Return what a file imports; ``import a`` followed by ``a.b`` counts as importing b from a."""
     tree = _tree(file)
+    nodes = list(_runtime_nodes(tree))
     modules: dict[str, str] = {}
-    for node in _runtime_nodes(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             modules |= {alias.asname or alias.name: alias.name for alias in node.names}
-    for module, names in _from_imports(_runtime_nodes(tree), _package_of(file, roots)):
-        yield from (Import(module, name) for name in names.values())
+    found = [
+        Import(module, name)
+        for module, names in _from_imports(nodes, package)
+        for name in names.values()
+    ]
     used = {alias: set[str]() for alias in modules}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and (owner := ast.unparse(node.value)) in used:
+    for node in ast.walk(tree) if modules else ():
+        if isinstance(node, ast.Attribute) and (owner := _dotted(node.value)) in used:
             used[owner].add(node.attr)
     for alias, module in modules.items():
-        yield from (Import(module, name) for name in used[alias] or {""})
+        found += [Import(module, name) for name in used[alias] or {""}]
+    return tuple(found)
+
+
+def _dotted(node: ast.expr) -> str:
+    """Return an expression such as ``a.b.c`` as text; empty if it is another."""
+    names = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(names)]) if isinstance(node, ast.Name) else ""
 
 
 def _from_imports(nodes: Iterable[ast.AST], package: str) -> Iterator[tuple[str, dict[str, str]]]:
@@ -218,9 +244,10 @@ def _runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
         node = waiting.pop()
         yield node
         skipped: Sequence[ast.AST] = ()
-        if isinstance(node, ast.If) and ast.unparse(node.test) in _TYPES_ONLY:
+        if isinstance(node, ast.If) and _dotted(node.test) in _TYPES_ONLY:
             skipped = node.body
-        waiting += [child for child in ast.iter_child_nodes(node) if child not in skipped]
+        children = ast.iter_child_nodes(node)
+        waiting += [child for child in children if child not in skipped] if skipped else children
 
 
 def _package_of(file: Path, roots: Roots) -> str:

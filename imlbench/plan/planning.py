@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -330,18 +328,21 @@ def with_varying(jobs: Sequence[Job]) -> tuple[Job, ...]:
     """Enter into every job the parameters that tell it from others of its model and dataset."""
     if len({(job.model, job.dataset) for job in jobs}) == len(jobs):
         return tuple(jobs)
-    seen: dict[tuple[str, str, str], set[str]] = defaultdict(set)
+    first: dict[tuple[str, str, str], object] = {}
+    varying: set[tuple[str, str, str]] = set()
     everything = [
         {**{f"{job.dataset}.{n}": v for n, v in job.dataset_params.items()}, **job.model_params}
         for job in jobs
     ]
     for job, params in zip(jobs, everything, strict=True):
         for name, value in params.items():
-            seen[job.model, job.dataset, name].add(json.dumps(value))
+            key = (job.model, job.dataset, name)
+            if value != first.setdefault(key, value):
+                varying.add(key)
     return tuple(
         replace(
             job,
-            varying={n: v for n, v in params.items() if len(seen[job.model, job.dataset, n]) > 1},
+            varying={n: v for n, v in params.items() if (job.model, job.dataset, n) in varying},
         )
         for job, params in zip(jobs, everything, strict=True)
     )
