@@ -16,6 +16,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -111,6 +112,14 @@ class Session:
         """The plugins that were left out, and why; known after a plan was made."""
         return self._pool.broken
 
+    @cached_property
+    def records(self) -> dict[str, Record]:
+        """The jobs of the results folder that had ended when this was first asked for, by id.
+
+        Best asked for before there is a plan: plugins are being imported meanwhile.
+        """
+        return {record.id: record for record in self.store.records()}
+
     def plan(self, benchmark: Benchmark) -> Plan:
         """Expand a benchmark into jobs.
 
@@ -165,10 +174,9 @@ class Session:
                 f"run: there must be at least one job; everything is skipped: {reasons}."
             )
         self.store.prepare()
-        records = {record.id: record for record in self.store.records()}
         exporter = Exporter(self.store, with_tensors=options.log_tensors)
         started, was_interrupted = time.time(), False
-        finished, left = find_finished(plan, self.store, {} if options.force else records)
+        finished, left = find_finished(plan, self.store, {} if options.force else self.records)
         with contextlib.ExitStack() as stack:
             display = stack.enter_context(
                 make_display(self.store, len(plan.jobs), options.progress)
@@ -179,12 +187,13 @@ class Session:
             outcomes = list(finished)
             try:
                 if left:
+                    exporter.begin()
                     names = {job.id: str(job) for job in plan.jobs}
                     journal = Journal(self.store, names, started)
                     stack.callback(journal.close)
                     template = self._template(plan, left[0], is_fitted, started)
                     runner = stack.enter_context(self._runner(devices, len(left)))
-                    known = _durations(plan, records)
+                    known = _durations(plan, self.records)
                     watchers: list[Watcher] = [display, Logbook(journal)]
                     for outcome in run_jobs(left, template, runner, watchers, known):
                         outcomes.append(outcome)
@@ -192,7 +201,7 @@ class Session:
             except KeyboardInterrupt:
                 was_interrupted = True
         problems = exporter.finish(patience=10.0 if was_interrupted else 60.0)
-        return self._finished(plan, outcomes, problems, was_interrupted, records)
+        return self._finished(plan, outcomes, problems, was_interrupted)
 
     def _template(self, plan: Plan, job: Job, is_fitted: bool, started: float) -> Assignment:
         from imlbench.runner.contract import Assignment
@@ -258,9 +267,9 @@ class Session:
         outcomes: Sequence[Outcome],
         problems: Sequence[str],
         was_interrupted: bool,
-        records: dict[str, Record],
     ) -> Finished:
         """Read what the jobs have left behind: again, where something was computed."""
+        records = dict(self.records)
         for outcome in outcomes:
             record = None if outcome.is_reused else self.store.folder(outcome.job.id).read()
             if record is not None:
@@ -377,6 +386,7 @@ def run(
         progress=progress,
     )
     with Session(options) as session:
+        _ = session.records  # while plugins are imported
         finished = session.execute(session.plan(chosen))
     if finished.was_interrupted:
         raise KeyboardInterrupt

@@ -117,7 +117,7 @@ class Task:
     code: str
     needs_samples: bool
 
-    @property
+    @cached_property
     def label(self) -> str:
         """The name, with the parameters that are not at their default: ``kde[h=0.1]``."""
         return f"{self.name}[{', '.join(assignments(self.changed))}]" if self.changed else self.name

@@ -7,6 +7,7 @@ jobs as lines of JSON, answers by lines of JSON, and is killed if it no longer a
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import selectors
@@ -53,6 +54,11 @@ class Exporter:
         self._problem = ""
         self._refused: dict[str, str] = {}
         self._notes: list[str] = []
+
+    def begin(self) -> None:
+        """Start the process: it imports MLflow while the first job runs."""
+        if self._start():
+            self.poll()
 
     def submit(self, job_ids: Sequence[str]) -> None:
         """Have jobs logged that have ended; return at once, whatever the server does."""
@@ -301,6 +307,7 @@ def main() -> None:
     os.dup2(2, 1)  # what MLflow prints goes to the log
     first, *_ = _parsed([sys.stdin.buffer.readline()])
     service = _Service(first, answers)
+    service.prepare()
     while line := sys.stdin.buffer.readline():
         for order in _parsed([line]):
             service.follow(order)
@@ -322,6 +329,14 @@ class _Service:
         self._tracker: Tracker | None = None
         self._problem = ""
         self._rest_until = 0.0
+
+    def prepare(self) -> None:
+        """Import MLflow, which takes seconds; what is wrong with it, the first job shows."""
+        gc.disable()  # what is imported stays: to look through it again and again takes a fifth
+        with contextlib.suppress(Exception):
+            self._open().prepare()
+        gc.freeze()
+        gc.enable()
 
     def follow(self, order: _Line) -> None:
         """Log the jobs that are named, or, to finish, whatever is missing; then say so."""

@@ -74,15 +74,15 @@ class JobFolder:
 
     def samples(self, draw: str) -> Path:
         """Return the file of samples that were drawn in one way."""
-        return self.path / "samples" / f"{draw}.safetensors"
+        return self.path / f"samples/{draw}.safetensors"
 
     def per_example(self, label: str, draw: str) -> Path:
         """Return the file of a metric's per-example values."""
-        return self.path / "scores" / (draw or "fit") / f"{slug(label)}.safetensors"
+        return self.path / f"scores/{draw or 'fit'}/{slug(label)}.safetensors"
 
     def artifact(self, label: str, draw: str) -> Path:
         """Return the folder of an artifact."""
-        return self.path / "artifacts" / draw / slug(label)
+        return self.path / f"artifacts/{draw}/{slug(label)}"
 
     def read(self) -> Record | None:
         """Return the job's record; ``None`` if there is none, or none that can be read."""

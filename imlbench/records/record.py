@@ -315,8 +315,11 @@ class Record(Fact):
             return False
         done = {score.key for score in self.scores}
         done |= {shown.key for shown in self.artifacts if not shown.error}
-        reasons = {reason.key for reason in self.not_applicable.values()}
-        return all(
-            task.key(job) in done or task.reason_key(job) in reasons
-            for task in (*metrics, *artifacts)
-        )
+
+        def is_answered(task: Task) -> bool:
+            reason = self.not_applicable.get(task.label)
+            return (reason is not None and reason.key == task.reason_key(job)) or (
+                task.key(job) in done
+            )
+
+        return all(is_answered(task) for task in (*metrics, *artifacts))

@@ -141,6 +141,13 @@ class Tracker:
         self.problem = ""
         self.notes: list[str] = []
 
+    def prepare(self) -> None:
+        """Import what is needed to log; connect to nothing."""
+        import mlflow  # noqa: F401 - it is only to be there
+
+        if self.database is not None:
+            from mlflow.store.tracking import sqlalchemy_store  # noqa: F401
+
     def export(self, folders: Sequence[JobFolder]) -> dict[str, str]:
         """Log what the server lacks of these folders; nothing more after a failure.
 

@@ -33,7 +33,6 @@ def make_plan(pool: Pool, benchmark: Benchmark) -> Plan:
     Raises:
         UserError: Everything that is wrong with the request.
     """
-    pool.warm()
     barred: dict[str, str] = {}
     while True:
         try:
@@ -56,7 +55,6 @@ def plan_again(
     Raises:
         UserError: A metric or a parameter is unknown, or a plugin cannot be asked.
     """
-    pool.warm()
     request = PlanAgain(benchmark, results.resolve(), tuple(jobs), as_fitted)
     try:
         return PLAN.validate_json(pool.call(REQUEST.dump_json(request), limit=pool.limit()))

@@ -2,8 +2,7 @@
 
 A request is a line of JSON: ``{"task": number, "time_limit": seconds}``, which brings three file
 descriptors (what to do; where to tell; the log), ``{"stop": number, "patience": seconds}``,
-``{"import": [names]}``, ``{"warm": true}`` or ``{"suspend": bool}``. What a task says comes by
-its own pipe.
+``{"import": [names]}`` or ``{"suspend": bool}``. What a task says comes by its own pipe.
 """
 
 from __future__ import annotations
@@ -252,11 +251,6 @@ class Pool:
         if self._process is not None:
             self._ask({"suspend": is_wanted})
 
-    def warm(self) -> None:
-        """Let the server look at the plugins' code, so that tasks need not."""
-        self.start()
-        self._ask({"warm": True})
-
     def preload(self, names: Sequence[str]) -> None:
         """Let the server import modules that a task had to import, so that later ones need not."""
         new = [name for name in names if name not in self._preloaded]
@@ -354,12 +348,13 @@ class Pool:
     def close(self) -> None:
         """End the server and everything that runs."""
         if self._process is not None:
-            for task in self._tasks.values():
-                os.close(task.events)
-            self._tasks.clear()
-            self._control.close()  # which the server takes as the end
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=2 * server.PATIENCE)
+            if self._tasks:
+                for task in self._tasks.values():
+                    os.close(task.events)
+                self._tasks.clear()
+                self._control.close()  # which the server takes as the end of them
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(timeout=2 * server.PATIENCE)
             self._abandon()
 
     def _abandon(self) -> None:

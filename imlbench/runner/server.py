@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from imlbench.plan.registry import Registry
 
 MODULE = "imlbench.runner.server"
-_TICK = 1.0
+_TICK, _LULL = 1.0, 0.05
 _SUSPENDED = 0.1
 """How much suspended time counts: a task that suspends itself must end some day."""
 _LONGEST_IMPORT = 600.0
@@ -116,9 +116,11 @@ class _Server:
         self._children: dict[int, _Child] = {}
         self._buffer = b""
         self._descriptors: list[int] = []
+        self._is_warm = False
 
     def serve(self) -> None:
         """Import the plugins, then serve until the other side is gone."""
+        gc.disable()  # what is imported stays: to look through it again and again takes a fifth
         adopt_orphans()
         die_with_parent(os.getppid())  # while a plugin is imported: it may hang, and nobody listens
         try:
@@ -128,7 +130,8 @@ class _Server:
             self._tell(errors=error.messages)
             return
         outlive_parent()  # the parent may be a thread, which ends before its process
-        gc.freeze()  # what is there stays: children need not copy its pages to look at it
+        gc.freeze()  # children need not copy the pages of what is there to look at it
+        gc.enable()
         self._wake, wake = socket.socketpair()
         self._wake.setblocking(False)
         wake.setblocking(False)
@@ -152,6 +155,8 @@ class _Server:
             selector.register(self._control, selectors.EVENT_READ)
             selector.register(self._wake, selectors.EVENT_READ)
             ready = {key.fileobj for key, _ in selector.select(self._patience())}
+        if not (ready or self._is_warm):
+            self._warm()
         if self._wake in ready:
             with contextlib.suppress(BlockingIOError):
                 self._wake.recv(4096)
@@ -162,6 +167,8 @@ class _Server:
     def _patience(self) -> float | None:
         if any(child.kill_at is not None for child in self._children.values()):
             return 0.05
+        if not self._is_warm:
+            return _LULL
         is_watched = any(c.time_limit or not c.has_begun for c in self._children.values())
         return _TICK if is_watched else None
 
@@ -173,8 +180,6 @@ class _Server:
 
     def _listen(self) -> bool:
         """Read requests and do what they say; False if the other side is gone."""
-        from imlbench.plan.planning import warm
-
         try:
             content, descriptors, _, _ = socket.recv_fds(self._control, 1 << 16, 8)
         except OSError:
@@ -186,9 +191,6 @@ class _Server:
             child = self._children.get(request.get("stop", 0))
             if "task" in request:
                 self._fork(request["task"], request.get("time_limit"))
-            elif "warm" in request:
-                with contextlib.suppress(Exception):  # whoever needs the code says what is wrong
-                    warm(self._registry)
             elif "import" in request:
                 self._import(request["import"])
             elif "suspend" in request:
@@ -196,6 +198,14 @@ class _Server:
             elif child is not None:
                 child.ask_to_end(request["patience"])
         return bool(content)
+
+    def _warm(self) -> None:
+        """Look at the plugins' code when there is nothing else to do, so that tasks need not."""
+        from imlbench.plan.planning import warm
+
+        self._is_warm = True
+        with contextlib.suppress(Exception):  # whoever needs the code says what is wrong
+            warm(self._registry)
 
     def _import(self, names: Sequence[str]) -> None:
         """Import what a job has imported, so that the next one need not."""
