@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import sysconfig
+from collections.abc import Iterator
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux, which alone has them
 
@@ -19,6 +21,20 @@ def python_path() -> str:
     """
     usual = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib")})
     return os.pathsep.join(path for path in sys.path if path and not path.startswith(usual))
+
+
+@contextlib.contextmanager
+def sharing_python_path() -> Iterator[None]:
+    """Have others, which pass their environment on, import what this process does."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = python_path()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def die_with_parent(parent: int) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from imlbench.errors import UserError, last_line
-from imlbench.processes import python_path
+from imlbench.processes import python_path, sharing_python_path
 from imlbench.records.folder import Store
 from imlbench.records.record import Status
 from imlbench.runner.contract import (
@@ -136,12 +136,10 @@ class RayRunner:
 
     def _hire(self) -> _Slot:
         """Return a slot with a new worker: free as soon as it has said where it is."""
-        path = python_path()
+        # Workers of a cluster of ours have the path from the start: another takes them seconds.
+        path = {} if self._temporary else {"env_vars": {"PYTHONPATH": python_path()}}
         worker = self._ray.remote(Worker).options(
-            num_cpus=1,
-            num_gpus=self._gpus,
-            max_restarts=0,
-            runtime_env={"env_vars": {"PYTHONPATH": path}},
+            num_cpus=1, num_gpus=self._gpus, max_restarts=0, runtime_env=path
         )
         actor = worker.remote(self._make)
         return _Slot(actor, actor.introduce.remote(), is_shared=self._is_shared)
@@ -440,12 +438,13 @@ def _connect(ray: Any, address: str | None, n_workers: int) -> str | None:
         return None
     # Names of sockets may not be long, as some temporary folders are.
     temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp" if Path("/tmp").is_dir() else None)
-    ray.init(
-        address="local",
-        num_cpus=n_workers,
-        include_dashboard=False,
-        object_store_memory=10**8,
-        _temp_dir=temporary,
-        **quiet,
-    )
+    with sharing_python_path():
+        ray.init(
+            address="local",
+            num_cpus=n_workers,
+            include_dashboard=False,
+            object_store_memory=10**8,
+            _temp_dir=temporary,
+            **quiet,
+        )
     return temporary

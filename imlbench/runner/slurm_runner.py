@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from imlbench.errors import UserError, last_line, unknown
-from imlbench.processes import python_path
+from imlbench.processes import sharing_python_path
 from imlbench.records.record import Status
 from imlbench.runner.contract import ASSIGNMENT, EVENT, Assignment, End, Ended, Event, Lost, Runner
 from imlbench.runner.local import LocalRunner
@@ -115,15 +115,12 @@ class SlurmRunner:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _submit(self, batch: Sequence[Assignment]) -> None:
-        from submitit.helpers import environment_variables
-
         folders = [self._folder / f"{len(self._ended)}-{each.job.id}" for each in batch]
         for folder, assignment in zip(folders, batch, strict=True):
             folder.mkdir()
             (folder / "assignment.json").write_bytes(ASSIGNMENT.dump_json(assignment))
-        path = python_path()
         try:
-            with environment_variables(PYTHONPATH=path):
+            with sharing_python_path():
                 submitted = self._executor.map_array(self._call, folders)
         except Exception as error:  # of submitit, or of what it calls
             raise UserError(
