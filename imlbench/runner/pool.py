@@ -49,6 +49,11 @@ class Exit:
     is_timed_out: bool = False
     is_lost: bool = False
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether somebody else may have ended it, so that it deserves another try."""
+        return self.is_lost or self.code < 0
+
     def __str__(self) -> str:
         if self.is_lost:
             return "the server of processes died"
@@ -64,11 +69,12 @@ class TaskDied(Exception):
     Arguments:
         step: What it was doing.
         reason: How it ended.
+        was_killed: Whether somebody else may have ended it.
     """
 
-    def __init__(self, step: str, reason: str) -> None:
+    def __init__(self, step: str, reason: str, was_killed: bool = False) -> None:
         super().__init__(f"{step}: {reason}" if step else reason)
-        self.step, self.reason = step, reason
+        self.step, self.reason, self.was_killed = step, reason, was_killed
 
 
 @dataclass
@@ -104,6 +110,7 @@ class Pool:
     def __init__(self) -> None:
         self.broken: dict[str, str] = {}
         self._barred: dict[str, str] = {}
+        self._killed: set[str] = set()  # what was being imported when a server was killed
         self._preloaded: set[str] = set()
         self._process: subprocess.Popen[bytes] | None = None
         self._tasks: dict[int, _Task] = {}
@@ -162,15 +169,18 @@ class Pool:
         """
         while self._process is None or not self._is_ready:
             self.begin()
-            plugin = self._greet()
-            if plugin is not None:
-                name, reason = plugin
-                if not name or name in self._barred:
-                    raise UserError(f"the server of processes cannot be started: {reason}.")
-                self._barred[name] = reason
+            died = self._greet()
+            if died is None:
+                continue
+            if died.was_killed and died.step not in self._killed:
+                self._killed.add(died.step)
+            elif not died.step or died.step in self._barred:
+                raise UserError(f"the server of processes cannot be started: {died.reason}.")
+            else:
+                self._barred[died.step] = died.reason
 
-    def _greet(self) -> tuple[str, str] | None:
-        """Wait until the server is ready; return which plugin has ended it, and how, if one has."""
+    def _greet(self) -> TaskDied | None:
+        """Wait until the server is ready; return how it ended, and while importing what, if so."""
         assert self._process is not None
         importing, patience = "", self.limit()
         while True:
@@ -179,7 +189,7 @@ class Pool:
                 answers = self._receive()
             except TimeoutError:
                 self._abandon()
-                return importing, f"importing it took more than {patience:g} s"
+                return TaskDied(importing, f"importing it took more than {patience:g} s")
             for answer in answers:
                 importing = str(answer.get("importing", importing))
                 if "errors" in answer:
@@ -191,9 +201,10 @@ class Pool:
                     self._is_ready = True
                     return None
             if answers is _CLOSED:
-                code = self._process.wait()
+                end = Exit(self._process.wait())
                 self._abandon()
-                return importing, f"importing it ended the process ({Exit(code)})"
+                reason = f"importing it ended the process ({end})"
+                return TaskDied(importing, reason, end.was_killed)
 
     def _bars(self) -> str:
         return json.dumps(self._barred)
@@ -313,6 +324,8 @@ class Pool:
     ) -> bytes:
         """Carry out a task while nothing else runs, and return its answer, as JSON.
 
+        One that is killed is tried once more.
+
         Arguments:
             request: What to do.
             tell: Called with each step.
@@ -322,6 +335,14 @@ class Pool:
             UserError: The task says that something is wrong.
             TaskDied: It has ended, or had to be ended, without an answer.
         """
+        try:
+            return self._call(request, tell, limit)
+        except TaskDied as died:
+            if not died.was_killed:
+                raise
+        return self._call(request, tell, limit)
+
+    def _call(self, request: bytes, tell: Callable[[str], None], limit: float | None) -> bytes:
         number, step, answer, silent, reason = self.submit(request), "", None, 0.0, ""
         while True:
             before = time.monotonic()
@@ -333,7 +354,7 @@ class Pool:
             for _, said in news:
                 if isinstance(said, Exit):
                     if answer is None:
-                        raise TaskDied(step, reason or str(said))
+                        raise TaskDied(step, reason or str(said), said.was_killed and not reason)
                     if answer.startswith(b'{"errors"'):
                         raise UserError(*json.loads(answer)["errors"])
                     return answer
