@@ -96,6 +96,9 @@ TARGETS: dict[str, Callable[[Running], int | None]] = {
 CODES = {0, 1, 130, -signal.SIGKILL}
 """Of a disturbed run: all done all the same, a job failed, interrupted, or killed."""
 
+EARLY = 0.05
+"""Part of the run in which a signal may end it before Python has taken signals into its hands."""
+
 
 def trials(lab: Lab) -> Iterator[Trial]:
     """Yield a trial for every signal, target and moment."""
@@ -123,7 +126,8 @@ def _shoot(
         with contextlib.suppress(ProcessLookupError):
             if pid is not None:
                 shot(pid)
-    return _judge(running, place, truth)
+    unheard = {-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP} if moment < EARLY else set()
+    return _judge(running, place, truth, unheard)
 
 
 def _hang_up(lab: Lab, moment: float, place: Place) -> list[Problem]:
@@ -141,7 +145,7 @@ def _hang_up(lab: Lab, moment: float, place: Place) -> list[Problem]:
         with contextlib.suppress(OSError):  # a full terminal would stop the run
             os.read(master, 1 << 16)
     os.close(master)
-    return _judge(running, place, truth)
+    return _judge(running, place, truth, {-signal.SIGHUP})
 
 
 def _take_terminal() -> None:
@@ -151,9 +155,9 @@ def _take_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def _judge(running: Running, place: Place, truth: Truth) -> list[Problem]:
+def _judge(running: Running, place: Place, truth: Truth, unheard: set[int]) -> list[Problem]:
     answer = running.wait()
-    problems = [*judge_answer(answer, {*CODES, -signal.SIGHUP})]
+    problems = [*judge_answer(answer, CODES | unheard)]
     if answer.code == 0:  # then it says that all is well
         problems += judge_folder(place.results, truth)
     after, _ = rerun(place, truth)
