@@ -93,8 +93,9 @@ TARGETS: dict[str, Callable[[Running], int | None]] = {
     "the process group": _group,
 }
 
-CODES = {0, 1, 130, -signal.SIGKILL}
-"""Of a disturbed run: all done all the same, a job failed, interrupted, or killed."""
+CODES = {0, 1, 130, -signal.SIGINT, -signal.SIGKILL}
+"""Of a disturbed run: all done all the same, a job failed, interrupted (which a shell tells as 130
+in both cases), or killed."""
 
 EARLY = 0.05
 """Part of the run in which a signal may end it before Python has taken signals into its hands."""
@@ -126,7 +127,7 @@ def _shoot(
         with contextlib.suppress(ProcessLookupError):
             if pid is not None:
                 shot(pid)
-    unheard = {-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP} if moment < EARLY else set()
+    unheard = {-signal.SIGTERM, -signal.SIGHUP} if moment < EARLY else set()
     return _judge(running, place, truth, unheard)
 
 
