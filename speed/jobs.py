@@ -164,9 +164,9 @@ def _span(records: Sequence[Record]) -> float:
 WORKERS_CASE = Case(
     "runner-workers",
     "Ratios of the times of whole commands",
-    "Eight jobs of vae on digits, 120 epochs each, each with one thread: by one worker, by two, and "
-    "by two of a Ray cluster that the command starts on this machine and ends. What a command does "
-    "once, before and after the jobs, counts: shorter jobs have worse ratios.",
+    "Eight jobs of vae on digits, 120 epochs each, with one thread each: by one worker, by two, "
+    "and by two of a Ray cluster that the command starts on this machine and ends. What a command "
+    "does once, before and after the jobs, counts: shorter jobs have worse ratios.",
     WORKERS_CLAIMS,
     run_workers,
 )
