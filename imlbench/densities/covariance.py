@@ -28,7 +28,7 @@ class Moments:
         origin: :math:`o`, near the mean of the data, so that little cancels; shape :math:`(K,)`.
         counts: :math:`\sum_n r_{nc}`, shape :math:`(C,)`.
         sums: :math:`\sum_n r_{nc} x_n`, shape :math:`(C, K)`.
-        squares: Second moments, in the form the :class:`Covariance` wants.
+        squares: Second moments, in the form that the covariances have.
     """
 
     origin: Tensor
@@ -198,10 +198,6 @@ class Covariance(ABC):
     def keep(self, kept: Tensor, new: Tensor, old: Tensor) -> Tensor:
         """The new covariances where ``kept``, shape (C,), is true; elsewhere the old ones."""
         return torch.where(kept.view(-1, *[1] * (new.ndim - 1)), new, old)
-
-    def zero_squares(self, n_components: int, n_dims: int) -> Tensor:
-        """Where second moments are summed up."""
-        return torch.zeros_like(self.identity(n_components, n_dims))
 
 
 class Full(Covariance):

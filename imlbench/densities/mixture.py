@@ -119,12 +119,12 @@ class Mixture(LatentDensity[Moments]):
 
     def _moments(self, h: Tensor, posterior: Callable[[Tensor], Tensor]) -> Moments:
         """Moments of all points; ``posterior`` gives the responsibilities of a block."""
-        shape = self.n_components, self.n_dims
+        zeros = self._origin.new_zeros
         moments = Moments(
             self._origin,
-            self._origin.new_zeros(self.n_components),
-            self._origin.new_zeros(shape),
-            self._covariance.zero_squares(*shape).to(h.device),
+            zeros(self.n_components),
+            zeros(self.n_components, self.n_dims),
+            zeros(self.covariances.shape),
         )
         for block in self._blocks(h):
             moments.add(block, posterior(block), self._covariance)

@@ -191,7 +191,7 @@ class Adversarial(Model[P]):
         layers = [m for m in self.generator.modules() if isinstance(m, nn.BatchNorm2d)]
         for layer in layers:
             layer.reset_running_stats()
-            layer.momentum = None  # the plain mean of what follows
+            layer.momentum = 1.0  # those of the batch that follows; None would make steps wait
         if layers:
             self.generator(self._latents(N_COMPARED, generator))
 

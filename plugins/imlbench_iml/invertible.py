@@ -74,7 +74,12 @@ class TallLinear(Layer):
         return tangents @ self.weight.mT
 
     def _gram_cholesky(self) -> Tensor:
-        return torch.linalg.cholesky(self.weight.mT @ self.weight)
+        """Factorise without looking whether it succeeds, for which the host would have to wait.
+
+        What fails is NaN, as the loss will be.
+        """
+        factor, info = torch.linalg.cholesky_ex(self.weight.mT @ self.weight)
+        return torch.where(info == 0, factor, torch.nan)
 
 
 class Elementwise(Layer):

@@ -162,7 +162,8 @@ class RecurrentMixture(Density):
         target = z[rows]
         noise = torch.randn(target.shape, generator=generator, device=generator.device)
         u, _ = self.cell(self._past(target + self.input_noise * noise.to(z.device)))
-        return -self._log_mixture(u, target)[inside].mean() / self.n_dims
+        log_density = torch.where(inside, self._log_mixture(u, target), 0.0)
+        return -log_density.sum() / inside.sum() / self.n_dims
 
     @single_threaded()
     def _log_prob(self, points: Points) -> Tensor:
@@ -179,19 +180,20 @@ class RecurrentMixture(Density):
         device = generator.device
         noise = torch.randn(n, self.n_dims, generator=generator, device=device).to(self.device)
         uniform = torch.rand(n, generator=generator, device=device).to(self.device)
-        z, state = torch.zeros(self.n_dims, device=self.device), None
+        z, state = torch.zeros(1, self.n_dims, device=self.device), None
         points, components = [], []
         for t in range(n):
-            u, state = self.cell(z[None, None], state)
+            u, state = self.cell(z[None], state)
             log_weight, mean, log_scale = self._mixture(u[0, 0])
             cumulative = log_weight.exp().cumsum(0)
-            component = torch.searchsorted(cumulative, uniform[t] * cumulative[-1], right=True)
+            drawn = uniform[t : t + 1] * cumulative[-1]  # a scalar index would be waited for
+            component = torch.searchsorted(cumulative, drawn, right=True)
             component = component.clamp(max=self.n_components - 1)
             z = mean[component] + log_scale[component].exp() * noise[t]
             points.append(z)
             components.append(component)
-        h = self.mean + self.scale * torch.stack(points)
-        return h.float(), torch.stack(components)
+        h = self.mean + self.scale * torch.cat(points)
+        return h.float(), torch.cat(components)
 
     def _standardise(self, h: Tensor) -> Tensor:
         return ((h - self.mean) / self.scale).float()
@@ -232,6 +234,7 @@ class Stretches:
         self._lengths = torch.tensor(lengths, device=generator.device)
         self._first = self._lengths.cumsum(0) - self._lengths
         self._n_chunks, self._device = n_chunks, device
+        self._steps = torch.arange(min(n_chunks, max(lengths)), device=generator.device)
 
     def draw(self, n: int) -> tuple[Tensor, Tensor]:
         """Return rows of chunks (n, T), and which of them are inside their recording (n, T)."""
@@ -241,7 +244,7 @@ class Stretches:
         n_starts = (length - self._n_chunks).clamp(min=0) + 1
         share = torch.rand(n, generator=self._generator, device=length.device)
         start = (share * n_starts).long()
-        steps = torch.arange(min(self._n_chunks, int(length.max())), device=length.device)
-        inside = steps < length[:, None]
-        rows = self._first[chosen, None] + (start[:, None] + steps).minimum(length[:, None] - 1)
+        inside = self._steps < length[:, None]
+        steps = (start[:, None] + self._steps).minimum(length[:, None] - 1)
+        rows = self._first[chosen, None] + steps
         return rows.to(self._device), inside.to(self._device)
