@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from imlbench.api.model import Stateful
 from imlbench.errors import Diverged
 
 MIN_STEPS_PER_EPOCH = 50
+
+Precision = Literal["float32", "bfloat16"]
+"""Of the products within networks while they are trained; see :func:`train_epochs`."""
 
 
 def batch_size_for(n_examples: int, batch_size: int) -> int:
@@ -75,6 +78,7 @@ def train_epochs(
     batch_size: int,
     context: FitContext,
     stage: str,
+    precision: Precision = "float32",
     parts: Sequence[Stateful | torch.Generator] = (),
     after_epoch: Callable[[int, int, Mapping[str, float]], None] | None = None,
 ) -> None:
@@ -93,6 +97,10 @@ def train_epochs(
         batch_size: Examples per step; see :func:`batch_size_for`.
         context: Given to :meth:`Model.fit`.
         stage: The name under which progress is reported.
+        precision: With ``"bfloat16"`` every step runs under :class:`torch.autocast`: matrix
+            products and convolutions are rounded to 8 bits of mantissa, which processors with
+            units for it do several times as fast; parameters, their updates and what the networks
+            of :mod:`imlbench.networks` return stay float32.
         parts: What ``step`` and ``after_epoch`` change, such as the model and its optimiser; see
             :meth:`imlbench.FitContext.steps`.
         after_epoch: Called with the epoch, the number of epochs, and the values reported.
@@ -103,10 +111,14 @@ def train_epochs(
     size = batch_size_for(len(data), batch_size)
     context.record(batch_size=size, n_steps=n_steps_for(len(data), batch_size, n_epochs))
     generator = context.generator(f"{stage} shuffle")
+    rounded = torch.autocast(
+        context.device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False
+    )
     for epoch in context.steps(stage, n_epochs, *parts):
         batches = (rows for rows in data.shuffled(size, generator) if len(rows) == size)
         try:
-            means = _means(map(step, batches))
+            with rounded:
+                means = _means(map(step, batches))
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # what NaN in a factorisation comes to
             raise Diverged(stage, epoch, str(error).splitlines()[0]) from error
         context.report(stage, epoch, n_epochs, **means)

@@ -116,6 +116,9 @@ class _Module(_DummyBackendModule):
     def set_rng_state(self, state: Tensor, device: object) -> None:
         pass
 
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
 
 def _same_memory(tensor: Tensor, device_type: str) -> Tensor:
     """Return a tensor that says it is on another device."""

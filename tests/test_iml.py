@@ -60,7 +60,7 @@ def test_models_share_the_stage_of_the_auto_encoder():
     settings, module = stages[0]["autoencoder"]
     assert module == "imlbench_iml.autoencoders"
     assert set(settings) == {
-        "latent_dim", "hidden_dim", "epochs", "batch_size", "noise", "learning_rate",
+        "latent_dim", "hidden_dim", "epochs", "batch_size", "noise", "learning_rate", "precision",
     }  # fmt: skip
 
 

@@ -66,6 +66,8 @@ def run_job(assignment: Assignment, registry: Registry, send: Send = lambda even
         Exception: Whatever a plugin raises.
     """
     job, folder, device = assignment.job, assignment.folder, torch.device(assignment.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # also of what names none, such as the global generator
     record = _open_folder(assignment)
     if record.is_complete(job, assignment.metrics, assignment.artifacts):
         return record  # another process was faster
@@ -159,6 +161,8 @@ def _fit(
         torch.cuda.reset_peak_memory_stats(device)
     start = context.seconds()
     fit(model, splits, context)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # what is under way belongs to the fit
     seconds = context.seconds() - start + context.checkpoints.seconds_before
     checkpoint, curves = folder.write_fit(model.state_dict(), context.curves)
     done = Fit(

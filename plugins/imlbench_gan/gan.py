@@ -22,7 +22,7 @@ from imlbench.networks import (
     is_convolutional,
     perceptron,
 )
-from imlbench.training import n_steps_for, train_epochs
+from imlbench.training import Precision, n_steps_for, train_epochs
 
 MIN_DIVERSITY = 0.01
 """Below this share of the training data's standard deviation, samples are one point.
@@ -61,6 +61,8 @@ class AdversarialParams(Params):
     """Steps of the discriminator, at least, if `epochs` is not given; by default 10,000."""
     batch_size: int = Field(64, ge=1)
     """Examples per step; fewer on small data, so that an epoch has at least 50 steps."""
+    precision: Precision = "float32"
+    """Of the networks' products during training; bfloat16 is faster on processors made for it."""
 
 
 P = TypeVar("P", bound=AdversarialParams)
@@ -152,6 +154,7 @@ class Adversarial(Model[P]):
             batch_size=self.params.batch_size,
             context=context,
             stage=self.name,
+            precision=self.params.precision,
             parts=[self, step, watch],
             after_epoch=watch,
         )

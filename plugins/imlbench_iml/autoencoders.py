@@ -16,6 +16,7 @@ from imlbench import Examples, FitContext, ParameterError, Params, Space, from_d
 from imlbench.networks import (
     HIDDEN_DIM,
     Bounded,
+    Full,
     convolutional_decoder,
     convolutional_encoder,
     fill_sizes,
@@ -23,10 +24,10 @@ from imlbench.networks import (
     require_at_most,
     usual_latent_dim,
 )
-from imlbench.training import OneCycleAdam, n_steps_for, train_epochs
+from imlbench.training import OneCycleAdam, Precision, n_steps_for, train_epochs
 from imlbench_iml.invertible import InvertibleNetwork, Layer, Sigmoid, TallLinear, Tanh
 
-TRAINING = {"epochs": 18, "batch_size": 500, "learning_rate": 3e-3}
+TRAINING = {"epochs": 18, "batch_size": 500, "learning_rate": 3e-3, "precision": "float32"}
 """Usual parameters of the training; they do not apply to a bijection, which needs none."""
 
 
@@ -55,6 +56,9 @@ class IMLParams(Params):
     is the paper's plain reconstruction, which all other auto-encoders are trained by."""
     learning_rate: float = from_data(gt=0)
     """Peak of Adam's one-cycle schedule; by default 3e-3, for convolutions on images 5e-4."""
+    precision: Precision = from_data()
+    """Of the auto-encoder's products during training, by default float32; bfloat16 is faster on
+    processors made for it. Embeddings and likelihoods are computed in float32."""
 
 
 P = TypeVar("P", bound=IMLParams)
@@ -139,6 +143,7 @@ def fit_autoencoder(
         batch_size=params.batch_size,
         context=context,
         stage="autoencoder",
+        precision=params.precision,
         parts=[autoencoder, optimizer],
     )
 
@@ -265,6 +270,7 @@ class ChunkAutoencoder(_TwoNetworks):
             nn.Tanh(),
             nn.Conv1d(width, latent, n // 4),
             nn.Flatten(),
+            Full(),
         )
         self.decoder = nn.Sequential(
             nn.Unflatten(1, (latent, 1)),
@@ -274,6 +280,7 @@ class ChunkAutoencoder(_TwoNetworks):
             nn.Tanh(),
             nn.ConvTranspose1d(width // 2, 1, *halving),
             nn.Flatten(),
+            Full(),
             Bounded(space),
         )
 

@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from imlbench.networks import full
+
 SLOPE = 0.01
 """Slope c of the straight lines that continue the activations outside."""
 
@@ -54,18 +56,18 @@ class TallLinear(Layer):
         self.bias = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, a: Tensor) -> Tensor:
-        return nn.functional.linear(a, self.weight, self.bias)
+        return full(nn.functional.linear(a, self.weight, self.bias))
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Solve the normal equations, then refine once.
+        """Solve the normal equations, then refine once; rounded products, too, by an exact inverse.
 
         The gradient flows through the refinement alone: by the implicit function theorem it is the
         exact one, and the inverse of the Gram matrix needs none.
         """
         with torch.no_grad():
             inverse_gram = torch.cholesky_inverse(self._gram_cholesky())
-            start = (y - self.bias) @ self.weight @ inverse_gram
-        return start + (y - self(start)) @ self.weight @ inverse_gram
+            start = full((y - self.bias) @ self.weight @ inverse_gram)
+        return start + full((y - self(start)) @ self.weight @ inverse_gram)
 
     def log_volume(self, a: Tensor) -> Tensor:
         return self._gram_cholesky().diagonal().log().sum()
@@ -74,11 +76,12 @@ class TallLinear(Layer):
         return tangents @ self.weight.mT
 
     def _gram_cholesky(self) -> Tensor:
-        """Factorise without looking whether it succeeds, for which the host would have to wait.
+        """Factorise in full precision, without looking whether it succeeds: the host would wait.
 
         What fails is NaN, as the loss will be.
         """
-        factor, info = torch.linalg.cholesky_ex(self.weight.mT @ self.weight)
+        with torch.autocast(self.weight.device.type, enabled=False):
+            factor, info = torch.linalg.cholesky_ex(self.weight.mT @ self.weight)
         return torch.where(info == 0, factor, torch.nan)
 
 
