@@ -98,15 +98,14 @@ def train_epochs(
         context: Given to :meth:`Model.fit`.
         stage: The name under which progress is reported.
         precision: With ``"bfloat16"`` every step runs under :class:`torch.autocast`: matrix
-            products and convolutions are rounded to 8 bits of mantissa, which processors with
-            units for it do several times as fast; parameters, their updates and what the networks
-            of :mod:`imlbench.networks` return stay float32.
+            products and convolutions are rounded to 8 bits of mantissa; parameters, their updates
+            and what the networks of :mod:`imlbench.networks` return stay float32.
         parts: What ``step`` and ``after_epoch`` change, such as the model and its optimiser; see
             :meth:`imlbench.FitContext.steps`.
         after_epoch: Called with the epoch, the number of epochs, and the values reported.
 
     Raises:
-        Diverged: A reported value is NaN or infinite, or a factorisation failed.
+        Diverged: A reported value is NaN or infinite, or a factorisation that is checked failed.
     """
     size = batch_size_for(len(data), batch_size)
     context.record(batch_size=size, n_steps=n_steps_for(len(data), batch_size, n_epochs))

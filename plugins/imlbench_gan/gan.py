@@ -62,7 +62,8 @@ class AdversarialParams(Params):
     batch_size: int = Field(64, ge=1)
     """Examples per step; fewer on small data, so that an epoch has at least 50 steps."""
     precision: Precision = "float32"
-    """Of the networks' products during training; bfloat16 is faster on processors made for it."""
+    """Of the networks' products during training; bfloat16 pays with wide layers and batches of
+    hundreds, on processors made for it, and costs with small ones."""
 
 
 P = TypeVar("P", bound=AdversarialParams)

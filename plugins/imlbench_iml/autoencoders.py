@@ -57,8 +57,9 @@ class IMLParams(Params):
     learning_rate: float = from_data(gt=0)
     """Peak of Adam's one-cycle schedule; by default 3e-3, for convolutions on images 5e-4."""
     precision: Precision = from_data()
-    """Of the auto-encoder's products during training, by default float32; bfloat16 is faster on
-    processors made for it. Embeddings and likelihoods are computed in float32."""
+    """Of the auto-encoder's products during training, by default float32; bfloat16 pays with wide
+    layers and batches of hundreds, on processors made for it, and costs with small ones. Embeddings
+    and likelihoods are computed in float32."""
 
 
 P = TypeVar("P", bound=IMLParams)
