@@ -28,6 +28,7 @@ from imlbench.records.record import Status
 from imlbench.runner.context import JobContext
 from imlbench.runner.contract import Assignment
 from imlbench.runner.job import run_job
+from imlbench.runner.tasks import is_out_of_memory
 from tests.plans import identify_data
 
 QUICK = ("--epochs", "1", "--set", "hidden_dim=32", "--set", "latent_dim=4")
@@ -424,6 +425,24 @@ def test_jobs_that_fail_are_recorded_and_the_others_go_on(outside):
     assert (
         "Traceback" in next((outside.folder / "results/runs").glob("*raises*/log.txt")).read_text()
     )
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("CUDA error: out of memory. Search for `cudaErrorMemoryAllocation`", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes", True),
+        ("CUDA error: device-side assert triggered", False),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_want_of_memory_is_known_by_what_libraries_say_also_in_a_metric(message, expected):
+    cause = RuntimeError(message)
+    outer = RuntimeError("metric kde failed")
+    outer.__cause__ = cause
+    assert is_out_of_memory(cause) is is_out_of_memory(outer) is expected
 
 
 def test_a_job_that_takes_too_long_is_stopped(outside):

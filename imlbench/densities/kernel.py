@@ -133,10 +133,19 @@ def _rounding(x: Tensor, largest: float) -> float:
         | https://epubs.siam.org/doi/10.1137/18M1226312
     """
     unit = torch.finfo(x.dtype).eps / 2
-    if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if x.dtype == torch.float32 and _rounds_products(x.device):
         unit = 2.0**-9
     scale = largest + math.sqrt(largest) * float(torch.linalg.vector_norm(x, dim=1).max())
     return 2 * math.sqrt(x.shape[1]) * unit * scale
+
+
+def _rounds_products(device: torch.device) -> bool:
+    """Whether somebody has allowed products of float32 to be rounded to less."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # it was allowed by the newer settings, beside which this one refuses
+        backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+        return backend.matmul.fp32_precision not in ("ieee", "none")
 
 
 def _window(error: float, bandwidths: Sequence[float], n_samples: int) -> float:

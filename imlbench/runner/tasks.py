@@ -172,17 +172,24 @@ def _attempt(
         return Status.DIVERGED, plain(str(error))
     except ANYTHING as error:  # a plugin can raise anything; the other jobs go on
         traceback.print_exc()
-        return (Status.OUT_OF_MEMORY if _is_out_of_memory(error) else Status.FAILED), brief(error)
+        return (Status.OUT_OF_MEMORY if is_out_of_memory(error) else Status.FAILED), brief(error)
     return Status.DONE, ""
 
 
-def _is_out_of_memory(error: BaseException | None) -> bool:
+_NO_MEMORY = (
+    "can't allocate memory",  # the CPU's allocator
+    "out of memory",  # CUDA, also where it is no OutOfMemoryError
+    "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN and others
+)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, is a way to say that no memory is left."""
     while error is not None:
         if (
             isinstance(error, MemoryError)
             or type(error).__name__ == "OutOfMemoryError"
-            or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+            or (isinstance(error, RuntimeError) and any(s in str(error) for s in _NO_MEMORY))
         ):
             return True
         error = error.__cause__

@@ -116,6 +116,19 @@ def test_low_precision_products_are_repaired() -> None:
     np.testing.assert_allclose(result.log_density[0], brute_force(x, samples, 0.1)[0], atol=ERROR)
 
 
+def test_low_precision_by_the_newer_settings_is_repaired_too() -> None:
+    x, samples = CASES["images"]
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        with pytest.raises(RuntimeError, match="mix of the legacy and new"):
+            torch.get_float32_matmul_precision()
+        result = kde_log_prob(x, samples, [0.1])
+    finally:
+        matmul.fp32_precision = before
+    np.testing.assert_allclose(result.log_density[0], brute_force(x, samples, 0.1)[0], atol=ERROR)
+
+
 def test_is_a_density() -> None:
     samples = torch.randn(20, 1, generator=seeded())
     grid = torch.arange(-8, 8, 0.01, dtype=torch.float64)[:, None]
