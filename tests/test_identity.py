@@ -196,7 +196,7 @@ def test_syntax_counts_and_its_form_does_not(tmp_path, text, same):
     one, other = tmp_path / "one.py", tmp_path / "other.py"
     one.write_text("x = 1\n")
     other.write_text(text)
-    assert (identity._syntax(one) == identity._syntax(other)) is same
+    assert (identity._look(one).syntax == identity._look(other).syntax) is same
 
 
 SOURCES = {
@@ -225,6 +225,37 @@ def test_the_closure_follows_names_to_where_they_are_defined(tmp_path, monkeypat
         "package/helper.py",
         "package/far/away.py",
     }
+
+
+def test_what_is_noted_of_files_spares_parsing_and_says_the_same(tmp_path, monkeypatch):
+    for name, text in SOURCES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    notes = tmp_path / "cache" / "code.json"
+
+    def found() -> tuple[str, int]:
+        """The code as a new process sees it, and how many files it had to parse."""
+        identity.forget()
+        parsed = []
+        monkeypatch.setattr(identity, "_parse", lambda file: parsed.append(file) or PARSE(file))
+        return code_of("plugin"), len(parsed)
+
+    code, n_parsed = found()
+    assert n_parsed > 5  # packages that only pass on are looked into, too
+    identity.note()
+    assert found() == (code, 0)
+    (tmp_path / "package/far/away.py").write_text("import package.rest")
+    other, n_parsed = found()
+    assert other != code
+    assert n_parsed == 2  # what was changed, and what it has come to import
+    (tmp_path / "package/far/away.py").write_text(SOURCES["package/far/away.py"])
+    notes.write_bytes(notes.read_bytes().replace(b"away", b"gone"))  # damaged
+    assert found()[0] == code
+    assert found()[1] > 5
+
+
+PARSE = identity._parse
 
 
 def test_where_something_is_missing_counts():

@@ -9,6 +9,7 @@ a result's provenance, not of its identity.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -18,6 +19,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 from typing import NamedTuple
+
+from pydantic import JsonValue, TypeAdapter, ValidationError
+
+from imlbench.api.sources import Sources
+from imlbench.files import read_facts, write_facts
 
 _spell = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
@@ -39,7 +45,7 @@ def code_of(*modules: str) -> str:
         True
     """
     files = {file for module in modules for file in closure(module)}
-    return digest(sorted(_syntax(file) for file in files))
+    return digest(sorted(_look(file).syntax for file in files))
 
 
 @functools.cache
@@ -56,14 +62,14 @@ def closure(module: str) -> frozenset[Path]:
         file = waiting.pop()
         if file is not None and file not in found:
             found.add(file)
-            imports = _imports(file, _package_of(file, roots))
-            waiting += [_resolve(wanted, roots) for wanted in imports]
+            package = _package_of(file, roots)
+            waiting += [_resolve(_absolute(i, package), roots) for i in _look(file).imports]
     return frozenset(found)
 
 
 def forget() -> None:
     """Look at the files anew: they may have changed since the last plan of this process."""
-    for function in (code_of, closure, _imports, _reexports, _tree, _syntax, _source_roots, _place):
+    for function in (code_of, closure, _look, _source_roots, _place, _known):
         function.cache_clear()
     _STAMPS.clear()
 
@@ -92,10 +98,27 @@ def is_within(module: str, home: str) -> bool:
 
 
 class Import(NamedTuple):
-    """``from module import name``, or ``import module`` if there is no name."""
+    """``from module import name``, or ``import module`` if there is no name.
+
+    A relative one begins with dots, as it is written.
+    """
 
     module: str
     name: str = ""
+
+
+class Seen(NamedTuple):
+    """What is known of a source file, so that it need not be parsed again.
+
+    Arguments:
+        syntax: A hash of its syntax tree without docstrings.
+        imports: What it imports.
+        reexports: Where the names come from that it imports from elsewhere.
+    """
+
+    syntax: str
+    imports: tuple[Import, ...]
+    reexports: dict[str, Import]
 
 
 _TYPES_ONLY = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
@@ -179,35 +202,84 @@ def _resolve(wanted: Import, roots: Roots, passed: frozenset[Import] = frozenset
     inner = _find(f"{wanted.module}.{wanted.name}", roots) if wanted.name else None
     file = inner or _find(wanted.module, roots)
     if inner is None and file is not None and file.name == "__init__.py" and wanted not in passed:
-        further = _reexports(file, _package_of(file, roots)).get(wanted.name)
+        further = _look(file).reexports.get(wanted.name)
         if further is not None:
+            further = _absolute(further, _package_of(file, roots))
             return _resolve(further, roots, passed | {wanted}) or file
     return file
 
 
+def _absolute(wanted: Import, package: str) -> Import:
+    """Return an import by the whole name of its module, as seen from a package."""
+    inner = wanted.module.lstrip(".")
+    level = len(wanted.module) - len(inner)
+    if not level:
+        return wanted
+    above = package.split(".")[: len(package.split(".")) - level + 1]
+    return wanted._replace(module=".".join([*filter(None, above), *filter(None, [inner])]))
+
+
 @functools.cache
-def _reexports(file: Path, package: str) -> dict[str, Import]:
-    """Return where the names come from that a file imports from elsewhere."""
+def _look(file: Path) -> Seen:
+    """Return what is known of a file, from an earlier process if it has not changed since."""
+    _STAMPS[file] = stamp = _stamp(file)
+    if known := _known().get(str(file)):
+        found_stamp, seen = known
+        if found_stamp == stamp:
+            return seen
+    tree = _parse(file)
+    seen = Seen(_syntax(file, tree), _imports(tree), _reexports(tree))
+    _known()[str(file)] = stamp, seen
+    return seen
+
+
+_Known = dict[str, tuple[tuple[int, int], Seen]]
+_KNOWN = TypeAdapter(_Known)
+
+
+@functools.cache
+def _known() -> _Known:
+    """Return what earlier processes have noted of files, with their stamps then."""
+    facts = read_facts(_notes())
+    try:
+        return _KNOWN.validate_python(facts["files"]) if facts and facts["by"] == _by() else {}
+    except (ValidationError, KeyError):
+        return {}
+
+
+def note() -> None:
+    """Note for later processes what was seen of files; where it cannot be written, nothing is."""
+    files = {file: known for file, known in _known().items() if Path(file) in _STAMPS}
+    with contextlib.suppress(OSError):
+        write_facts(_notes(), {"by": _by(), "files": _KNOWN.dump_python(files, mode="json")})
+
+
+def _notes() -> Path:
+    return Sources().cache_dir / "code.json"
+
+
+def _by() -> list[JsonValue]:
+    """What else the notes depend on: Python's grammar, and this module."""
+    return [*sys.version_info[:3], *_stamp(Path(__file__))]
+
+
+def _reexports(tree: ast.Module) -> dict[str, Import]:
     found: dict[str, Import] = {}
-    for module, names in _from_imports(ast.walk(_tree(file)), package):
+    for module, names in _from_imports(ast.walk(tree)):
         for name, there in names.items():
             found.setdefault(name, Import(module, there))
     return found
 
 
-@functools.cache
-def _imports(file: Path, package: str) -> tuple[Import, ...]:
+def _imports(tree: ast.Module) -> tuple[Import, ...]:
     """Return what a file imports; ``import a`` followed by ``a.b`` counts as importing b from a."""
-    tree = _tree(file)
     nodes = list(_runtime_nodes(tree))
     modules: dict[str, str] = {}
     for node in nodes:
         if isinstance(node, ast.Import):
             modules |= {alias.asname or alias.name: alias.name for alias in node.names}
     found = [
-        Import(module, name)
-        for module, names in _from_imports(nodes, package)
-        for name in names.values()
+        Import(module, name) for module, names in _from_imports(nodes) for name in names.values()
     ]
     used = {alias: set[str]() for alias in modules}
     for node in ast.walk(tree) if modules else ():
@@ -227,13 +299,11 @@ def _dotted(node: ast.expr) -> str:
     return ".".join([node.id, *reversed(names)]) if isinstance(node, ast.Name) else ""
 
 
-def _from_imports(nodes: Iterable[ast.AST], package: str) -> Iterator[tuple[str, dict[str, str]]]:
+def _from_imports(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield module and {name here: name there} of every ``from module import name``."""
     for node in nodes:
         if isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1]
-            base = ".".join(above) if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
+            module = "." * node.level + (node.module or "")
             yield module, {alias.asname or alias.name: alias.name for alias in node.names}
 
 
@@ -258,10 +328,8 @@ def _package_of(file: Path, roots: Roots) -> str:
     return ""
 
 
-@functools.cache
-def _tree(file: Path) -> ast.Module:
+def _parse(file: Path) -> ast.Module:
     """Return a file's syntax tree; of one that cannot be parsed, its bytes stand for it."""
-    _STAMPS[file] = _stamp(file)
     content = file.read_bytes()
     try:
         return ast.parse(content)
@@ -269,12 +337,11 @@ def _tree(file: Path) -> ast.Module:
         return ast.Module([ast.Expr(ast.Constant(content))], [])
 
 
-@functools.cache
-def _syntax(file: Path) -> str:
+def _syntax(file: Path, tree: ast.Module) -> str:
     """Return a hash of a file's syntax tree without docstrings."""
     content = hashlib.sha256()
     try:
-        for token in _tokens(_tree(file)):
+        for token in _tokens(tree):
             content.update(token.encode())
     except RecursionError:  # a sum of a thousand terms: the bytes stand for it
         return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -25,7 +25,7 @@ from imlbench.api import (
 from imlbench.api.params import Params
 from imlbench.errors import ANYTHING, ParameterError, UserError, brief, unknown
 from imlbench.plan.config import Benchmark, Setting, constraint
-from imlbench.plan.identity import code_of, digest, refresh
+from imlbench.plan.identity import code_of, digest, note, refresh
 from imlbench.plan.jobs import Codes, Job, Plan, Skip, Task, Variant
 from imlbench.plan.registry import PluginClass, Registry, family_of
 from imlbench.plan.settings import Settings
@@ -292,13 +292,14 @@ def have_changed(
 
 
 def warm(registry: Registry) -> None:
-    """Look at the code of all plugins, so that processes that are forked need not."""
+    """Look at the code of all plugins, so that neither forked nor later processes need to."""
     for cls in (*registry.models.values(), *registry.datasets.values()):
         code_of(cls.__module__)
     for cls in (*registry.metrics.values(), *registry.artifacts.values()):
         code_of(cls.__module__)
     for step in ("fitting", "drawing", "scoring"):
         code_of(f"imlbench.runner.{step}")
+    note()
 
 
 def codes_of(model_cls: type[AnyModel], dataset_cls: type[AnyDataset]) -> Codes:
