@@ -139,7 +139,7 @@ class _RealServer:
     def stop(self) -> None:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, 9)  # asked to end, it may wait for its workers for ever
+                os.killpg(self._process.pid, 9)  # asked to end, it may wait for ever
             self._process.wait()
 
     def wire(self, n_bytes: int | None) -> Connection:
