@@ -38,10 +38,12 @@ def test_model_keeps_the_contract(registry, name, space):
 
 PERCEPTRON = {"latent_dim": 20, "hidden_dim": 600}
 DCGAN = {"latent_dim": 100, "width": 128}
-IML = {"epochs": 18, "batch_size": 500, "learning_rate": 3e-3}
-VAE = {"epochs": 18, "batch_size": 128, "learning_rate": 1e-3}
-GAN = {"n_steps": 10_000, "batch_size": 64, "learning_rate": 2e-4}
-WGAN = {"n_steps": 10_000, "batch_size": 64, "n_critic": 5, "gradient_penalty": 0.0, "clip": 0.01}
+EXACT = {"precision": "float32"}
+IML = {"epochs": 18, "batch_size": 500, "learning_rate": 3e-3, **EXACT}
+VAE = {"epochs": 18, "batch_size": 128, "learning_rate": 1e-3, **EXACT}
+GAN = {"n_steps": 10_000, "batch_size": 64, "learning_rate": 2e-4, **EXACT}
+WGAN = {"n_steps": 10_000, "batch_size": 64, "n_critic": 5, **EXACT}
+WGAN |= {"gradient_penalty": 0.0, "clip": 0.01}
 SMALLER = {"discriminator_dim": 200, "activation": "relu"}
 DEFAULTS = [
     ("iml-gaussian", "vector", {"latent_dim": 2}),  # a bijection is not trained
