@@ -24,8 +24,8 @@ test: $(VENV)/.test-installed  ## the whole default test suite
 slow: $(VENV)/.test-installed  ## the tests that take minutes
 	$(BIN)/pytest -m slow
 
-speed: $(VENV)/.speed-installed  ## speed beside other libraries, and of the runner; about 35 minutes
+speed: $(VENV)/.speed-installed  ## speed beside other libraries, and of the runner
 	$(BIN)/python -m speed
 
-campaign: $(VENV)/.test-installed  ## a thousand faults, and docs/reliability.md; about an hour on two cores
+campaign: $(VENV)/.test-installed  ## a thousand faults, and docs/reliability.md; hours
 	$(BIN)/python -m tests.campaign --report docs/reliability.md
