@@ -115,6 +115,9 @@ def markdown(rows: Mapping[str, Row], classes: Sequence[FaultClass]) -> str:
     parts += [
         f"**{c.name}.** {c.description} *Survived:* {c.survived}" for c in classes if c.name in rows
     ]
+    missing = [c.name for c in classes if c.name not in rows]
+    if missing:
+        parts.append(f"**Not tried:** {', '.join(missing)}.")
     parts += _not_survived(rows)
     parts += ["## Where", *_places(rows, seconds)]
     return "\n\n".join(parts) + "\n"

@@ -93,12 +93,8 @@ TARGETS: dict[str, Callable[[Running], int | None]] = {
     "the process group": _group,
 }
 
-CODES = {0, 1, 130, -signal.SIGINT, -signal.SIGKILL}
-"""Of a disturbed run: all done all the same, a job failed, interrupted (which a shell tells as 130
-in both cases), or killed."""
-
-EARLY = 0.05
-"""Part of the run in which a signal may end it before Python has taken signals into its hands."""
+CODES = {0, 1, 130, -signal.SIGKILL}
+"""Of a disturbed run: all done all the same, a job failed, interrupted, or killed."""
 
 
 def trials(lab: Lab) -> Iterator[Trial]:
@@ -127,8 +123,7 @@ def _shoot(
         with contextlib.suppress(ProcessLookupError):
             if pid is not None:
                 shot(pid)
-    unheard = {-signal.SIGTERM, -signal.SIGHUP} if moment < EARLY else set()
-    return _judge(running, place, truth, unheard)
+    return _judge(running, place, truth)
 
 
 def _hang_up(lab: Lab, moment: float, place: Place) -> list[Problem]:
@@ -146,7 +141,7 @@ def _hang_up(lab: Lab, moment: float, place: Place) -> list[Problem]:
         with contextlib.suppress(OSError):  # a full terminal would stop the run
             os.read(master, 1 << 16)
     os.close(master)
-    return _judge(running, place, truth, {-signal.SIGHUP})
+    return _judge(running, place, truth)
 
 
 def _take_terminal() -> None:
@@ -156,9 +151,9 @@ def _take_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def _judge(running: Running, place: Place, truth: Truth, unheard: set[int]) -> list[Problem]:
+def _judge(running: Running, place: Place, truth: Truth) -> list[Problem]:
     answer = running.wait()
-    problems = [*judge_answer(answer, CODES | unheard)]
+    problems = [*judge_answer(answer, {*CODES, -signal.SIGHUP})]
     if answer.code == 0:  # then it says that all is well
         problems += judge_folder(place.results, truth)
     after, _ = rerun(place, truth)
