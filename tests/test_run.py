@@ -649,6 +649,20 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(outside, how):
     assert statuses(outside.folder) == {"fine": "done", "slow": "done"}
 
 
+def test_to_interrupt_twice_is_to_interrupt(outside):
+    run = ("run", "--models", "slow", "--datasets", "digits", "--metrics", "kde")
+    process = outside(*run, SLOW_SECONDS="3600")
+    job = wait_until_asleep(process, outside.folder)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)  # two that come at once are one
+    code, _, err = finish(process)
+    assert code == 130
+    assert "Traceback" not in err
+    while is_alive(job):
+        time.sleep(0.05)
+
+
 LONG = ("run", "--models", "iml-gmm,vae", "--datasets", "digits", "--metrics", "kde,kde_tuned")
 
 

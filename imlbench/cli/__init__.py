@@ -55,6 +55,7 @@ class _Group(click.Group):
                 click.secho(f"error: {plain(message)}", err=True, fg="red")
             ctx.exit(2)
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # to ask again changes nothing
             ctx.exit(130)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
