@@ -78,7 +78,7 @@ def perceptron(*sizes: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequent
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise(sizes):
         layers += [nn.Linear(n_in, n_out), activation()]
-    return nn.Sequential(*layers[:-1], Full())
+    return nn.Sequential(*layers[:-1], Unrounded())
 
 
 def convolutional_decoder(
@@ -108,7 +108,7 @@ def convolutional_decoder(
             layers.append(nn.BatchNorm2d(n_out))
         if not is_last:
             layers.append(nn.ReLU())
-    return nn.Sequential(*layers, Full())
+    return nn.Sequential(*layers, Unrounded())
 
 
 def convolutional_encoder(
@@ -135,7 +135,9 @@ def convolutional_encoder(
         if use_norm:
             layers.append(nn.BatchNorm2d(n_next))
         layers.append(nn.LeakyReLU(0.2))
-    return nn.Sequential(*layers, nn.Conv2d(channels[-1], n_out, 4, 1, 0), nn.Flatten(), Full())
+    return nn.Sequential(
+        *layers, nn.Conv2d(channels[-1], n_out, 4, 1, 0), nn.Flatten(), Unrounded()
+    )
 
 
 def _channels(space: Space, width: int) -> list[int]:
@@ -144,16 +146,16 @@ def _channels(space: Space, width: int) -> list[int]:
     return [space.event_shape[0], *(width * 2**index for index in range(n_halvings))]
 
 
-def full(x: Tensor) -> Tensor:
+def unrounded(x: Tensor) -> Tensor:
     """Return a tensor in full precision: float32, if autocast has rounded it to less."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-class Full(nn.Module):
+class Unrounded(nn.Module):
     """Ends a network: losses and log-densities are computed from its output, and not rounded."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return full(x)
+        return unrounded(x)
 
 
 class Bounded(nn.Module):

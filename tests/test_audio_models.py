@@ -13,7 +13,7 @@ from hmmlearn.hmm import GaussianHMM as Library
 from torch import Generator
 
 from imlbench import BaseLogProb, BaseLogProbSequence, Examples, ParameterError, Space
-from imlbench.networks import Full
+from imlbench.networks import Unrounded
 from imlbench.testing import SPACES, CheckContext, check_model, make_splits
 from imlbench_iml.autoencoders import ChunkAutoencoder, IMLParams
 from imlbench_iml.models import IMLGMM, Latents
@@ -163,7 +163,7 @@ def test_the_papers_sizes():
     x = torch.zeros(1, 800)
     for module in (*network.encoder, *network.decoder):
         x = module(x)
-        if not isinstance(module, Full):
+        if not isinstance(module, Unrounded):
             sizes.append(x.shape[-1])
     assert sizes == [800, 400, 400, 200, 200, 1, 80, 1, 200, 200, 400, 400, 800, 800, 800]
 

@@ -28,7 +28,6 @@ from imlbench.runner import server
 LIMIT = "IMLBENCH_PLUGIN_LIMIT"
 """The environment variable of how long a plugin may take to be imported or asked, in seconds."""
 
-
 _LONGEST = 1e6
 
 _CLOSED: list[dict[str, object]] = []

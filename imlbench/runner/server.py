@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from imlbench.plan.registry import Registry
 
 MODULE = "imlbench.runner.server"
-_TICK, _LULL = 1.0, 0.05
+_TICK = 1.0
+_LULL = 0.05
+"""Seconds without a request after which there is nothing else to do."""
 _SUSPENDED = 0.1
 """How much suspended time counts: a task that suspends itself must end some day."""
 _LONGEST_IMPORT = 600.0

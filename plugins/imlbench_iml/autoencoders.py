@@ -16,7 +16,7 @@ from imlbench import Examples, FitContext, ParameterError, Params, Space, from_d
 from imlbench.networks import (
     HIDDEN_DIM,
     Bounded,
-    Full,
+    Unrounded,
     convolutional_decoder,
     convolutional_encoder,
     fill_sizes,
@@ -271,7 +271,7 @@ class ChunkAutoencoder(_TwoNetworks):
             nn.Tanh(),
             nn.Conv1d(width, latent, n // 4),
             nn.Flatten(),
-            Full(),
+            Unrounded(),
         )
         self.decoder = nn.Sequential(
             nn.Unflatten(1, (latent, 1)),
@@ -281,7 +281,7 @@ class ChunkAutoencoder(_TwoNetworks):
             nn.Tanh(),
             nn.ConvTranspose1d(width // 2, 1, *halving),
             nn.Flatten(),
-            Full(),
+            Unrounded(),
             Bounded(space),
         )
 

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from imlbench.networks import full
+from imlbench.networks import unrounded
 
 SLOPE = 0.01
 """Slope c of the straight lines that continue the activations outside."""
@@ -56,7 +56,7 @@ class TallLinear(Layer):
         self.bias = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, a: Tensor) -> Tensor:
-        return full(nn.functional.linear(a, self.weight, self.bias))
+        return unrounded(nn.functional.linear(a, self.weight, self.bias))
 
     def inverse(self, y: Tensor) -> Tensor:
         """Solve the normal equations, then refine once; rounded products, too, by an exact inverse.
@@ -66,8 +66,8 @@ class TallLinear(Layer):
         """
         with torch.no_grad():
             inverse_gram = torch.cholesky_inverse(self._gram_cholesky())
-            start = full((y - self.bias) @ self.weight @ inverse_gram)
-        return start + full((y - self(start)) @ self.weight @ inverse_gram)
+            start = unrounded((y - self.bias) @ self.weight @ inverse_gram)
+        return start + unrounded((y - self(start)) @ self.weight @ inverse_gram)
 
     def log_volume(self, a: Tensor) -> Tensor:
         return self._gram_cholesky().diagonal().log().sum()
