@@ -125,7 +125,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def is_intact(path: Path, known: File, *, thoroughly: bool = False) -> bool:
+def is_intact(path: Path | str, known: File, *, thoroughly: bool = False) -> bool:
     """Whether a file is as it was described.
 
     Arguments:
@@ -135,11 +135,11 @@ def is_intact(path: Path, known: File, *, thoroughly: bool = False) -> bool:
             that of a copy is.
     """
     try:
-        found = path.stat()
+        found = os.stat(path)
         if not stat.S_ISREG(found.st_mode) or found.st_size != known.size:
             return False
         is_untouched = found.st_mtime_ns == known.mtime_ns and not thoroughly
-        return is_untouched or sha256(path) == known.sha256
+        return is_untouched or sha256(Path(path)) == known.sha256
     except OSError:
         return False
 

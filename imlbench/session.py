@@ -112,13 +112,23 @@ class Session:
         """The plugins that were left out, and why; known after a plan was made."""
         return self._pool.broken
 
-    @cached_property
-    def records(self) -> dict[str, Record]:
-        """The jobs of the results folder that had ended when this was first asked for, by id.
+    def look(self) -> None:
+        """Read the results folder; best before there is a plan, while plugins are imported."""
+        _ = self._sound
 
-        Best asked for before there is a plan: plugins are being imported meanwhile.
-        """
+    @cached_property
+    def _records(self) -> dict[str, Record]:
+        """The jobs of the results folder that had ended, by id."""
         return {record.id: record for record in self.store.records()}
+
+    @cached_property
+    def _sound(self) -> dict[str, Record]:
+        """Those of which every file is as it was written."""
+        return {
+            name: record
+            for name, record in self._records.items()
+            if not self.store.folder(name).damaged(record)
+        }
 
     def plan(self, benchmark: Benchmark) -> Plan:
         """Expand a benchmark into jobs.
@@ -176,7 +186,7 @@ class Session:
         self.store.prepare()
         exporter = Exporter(self.store, with_tensors=options.log_tensors)
         started, was_interrupted = time.time(), False
-        finished, left = find_finished(plan, self.store, {} if options.force else self.records)
+        finished, left = find_finished(plan, self.store, {} if options.force else self._sound)
         with contextlib.ExitStack() as stack:
             display = stack.enter_context(
                 make_display(self.store, len(plan.jobs), options.progress)
@@ -193,7 +203,7 @@ class Session:
                     stack.callback(journal.close)
                     template = self._template(plan, left[0], is_fitted, started)
                     runner = stack.enter_context(self._runner(devices, len(left)))
-                    known = _durations(plan, self.records)
+                    known = _durations(plan, self._records)
                     watchers: list[Watcher] = [display, Logbook(journal)]
                     for outcome in run_jobs(left, template, runner, watchers, known):
                         outcomes.append(outcome)
@@ -269,7 +279,7 @@ class Session:
         was_interrupted: bool,
     ) -> Finished:
         """Read what the jobs have left behind: again, where something was computed."""
-        records = dict(self.records)
+        records = dict(self._records)
         for outcome in outcomes:
             record = None if outcome.is_reused else self.store.folder(outcome.job.id).read()
             if record is not None:
@@ -386,7 +396,7 @@ def run(
         progress=progress,
     )
     with Session(options) as session:
-        _ = session.records  # while plugins are imported
+        session.look()
         finished = session.execute(session.plan(chosen))
     if finished.was_interrupted:
         raise KeyboardInterrupt

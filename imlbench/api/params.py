@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar, Generic, Self, TypeVar, get_args, get_origin
 
 from pydantic import (
@@ -37,7 +38,7 @@ class Params(BaseModel):
     @classmethod
     def _is_no_other_number(cls, value: object, info: ValidationInfo) -> object:
         """Refuse truth values where numbers are wanted, and integers that nobody can mean."""
-        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        kinds = _kinds_of(cls, info.field_name or "")
         if isinstance(value, bool) and bool not in kinds and {int, float} & kinds:
             raise ValueError("must be a number")
         if isinstance(value, int) and abs(value) > LARGEST:
@@ -64,6 +65,11 @@ class Params(BaseModel):
         """Return the fields that have a value, as JSON values."""
         settings: dict[str, JsonValue] = self.model_dump(mode="json", exclude_none=True)
         return settings
+
+
+@functools.cache
+def _kinds_of(cls: type[Params], field: str) -> set[object]:
+    return _kinds(cls.model_fields[field].annotation)
 
 
 def _kinds(annotation: object) -> set[object]:

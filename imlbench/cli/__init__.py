@@ -137,7 +137,7 @@ def run(
     selection, options = split(given, results, force)
     with Session(options) as session:
         if not dry_run:
-            _ = session.records  # while plugins are imported
+            session.look()
         plan = (_plan_failed if retry_failed else _make_plan)(session, selection)
         if dry_run:
             _print_plan(plan)

@@ -131,7 +131,11 @@ class Task:
         return self._key(job, job.fit_key)
 
     def _key(self, job: Job, basis: str) -> str:
-        return digest("score", basis, self.name, self.params, self.code, job.codes.score)
+        return digest("score", basis, self._what, job.codes.score)
+
+    @cached_property
+    def _what(self) -> str:
+        return digest(self.name, self.params, self.code)
 
 
 @dataclass(frozen=True)

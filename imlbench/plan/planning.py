@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,6 +104,7 @@ class _Planner:
         self._benchmark, self._registry, self._errors = benchmark, registry, errors
         self._announce, self._barred = announce, barred
         self._usual: dict[tuple[type, Space], Settings] = {}
+        self._codes_of = functools.cache(codes_of)
         self._n_jobs = 0
         self.jobs: list[Job] = []
         self.skips: list[Skip] = []
@@ -208,7 +210,7 @@ class _Planner:
                 self._benchmark.n_samples,
                 self._benchmark.n_draws,
                 space,
-                codes_of(model_cls, dataset_cls),
+                self._codes_of(model_cls, dataset_cls),
                 (self._registry.shipped_by(model_cls), self._registry.shipped_by(dataset_cls)),
                 changed,
             )

@@ -78,7 +78,7 @@ def look_at(folder: JobFolder, before: Entry | None = None) -> Entry | None:
         before: What it was when it was last looked at; a file that is the same is not read.
     """
     try:
-        with (folder.path / "record.json").open("rb") as file:
+        with open(f"{folder.path}/record.json", "rb") as file:
             status = os.fstat(file.fileno())
             seen = (status.st_ino, status.st_size, status.st_mtime_ns)
             if before is not None and seen == before[:3]:

@@ -13,6 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,8 @@ from imlbench.records.record import SCHEMA, Fit, Point, Record, Status
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CURVES = TypeAdapter(list[Point])
+_POINTS = TypeAdapter(list[Point])
+_RECORD, _CHECKPOINT, _CURVES = "record.json", "checkpoint.safetensors", "curves.json"
 
 
 class JobFolder:
@@ -57,6 +59,10 @@ class JobFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def _at(self, name: str) -> str:
+        """Return where a file is, as a text: a rerun looks at tens of thousands."""
+        return f"{self.path}/{name}"
+
     @property
     def lock(self) -> FileLock:
         """The lock that a process holds while it works on the job; a new object every time."""
@@ -65,7 +71,7 @@ class JobFolder:
     @property
     def checkpoint(self) -> Path:
         """The file of the model's state."""
-        return self.path / "checkpoint.safetensors"
+        return self.path / _CHECKPOINT
 
     @property
     def log(self) -> Path:
@@ -74,20 +80,20 @@ class JobFolder:
 
     def samples(self, draw: str) -> Path:
         """Return the file of samples that were drawn in one way."""
-        return self.path / f"samples/{draw}.safetensors"
+        return self.path / _samples(draw)
 
     def per_example(self, label: str, draw: str) -> Path:
         """Return the file of a metric's per-example values."""
-        return self.path / f"scores/{draw or 'fit'}/{slug(label)}.safetensors"
+        return self.path / _per_example(label, draw)
 
     def artifact(self, label: str, draw: str) -> Path:
         """Return the folder of an artifact."""
-        return self.path / f"artifacts/{draw}/{slug(label)}"
+        return self.path / _artifact(label, draw)
 
     def read(self) -> Record | None:
         """Return the job's record; ``None`` if there is none, or none that can be read."""
         try:
-            with self.record_path.open("rb") as file:
+            with open(self._at(_RECORD), "rb") as file:
                 record = parse_record(file.read())
                 touched = os.fstat(file.fileno()).st_mtime
         except (OSError, ValueError):
@@ -98,7 +104,7 @@ class JobFolder:
     @property
     def record_path(self) -> Path:
         """The file of the record."""
-        return self.path / "record.json"
+        return self.path / _RECORD
 
     @property
     def is_damaged(self) -> bool:
@@ -114,7 +120,7 @@ class JobFolder:
         time from that of a copy, which says nothing of the code.
         """
         with contextlib.suppress(OSError):  # of a folder that may not be written to
-            os.utime(self.record_path, (math.ceil(time.time()),) * 2)
+            os.utime(self._at(_RECORD), (math.ceil(time.time()),) * 2)
 
     def write(self, record: Record) -> Record:
         """Write the job's record, and return it."""
@@ -125,42 +131,32 @@ class JobFolder:
         self, tensors: Mapping[str, Tensor], curves: Sequence[Point]
     ) -> tuple[File, File]:
         """Write the model's state, which holds a copy of the learning curves, and the curves."""
-        text = _CURVES.dump_json(list(curves)).decode()
+        text = _POINTS.dump_json(list(curves)).decode()
         write_tensors(self.checkpoint, tensors, {"curves": text})
         write_text(self._curves, text)
         return describe(self.checkpoint), describe(self._curves)
 
     @property
     def _curves(self) -> Path:
-        return self.path / "curves.json"
+        return self.path / _CURVES
 
     def read_curves(self) -> list[Point]:
         """Return the learning curves; empty if there are none that can be read."""
         try:
-            return _CURVES.validate_json(self._curves.read_bytes())
+            return _POINTS.validate_json(self._curves.read_bytes())
         except (OSError, ValueError):
             return []
 
     def files(self, record: Record) -> Iterator[tuple[Path, File]]:
         """Yield every file that a record speaks of."""
-        if record.fit is not None:
-            yield self.checkpoint, record.fit.checkpoint
-            yield self._curves, record.fit.curves
-        for draw, drawn in record.draws.items():
-            yield self.samples(draw), drawn.file
-        for score in record.scores:
-            if score.file is not None:
-                yield self.per_example(score.label, score.draw), score.file
-        for shown in record.artifacts:
-            for name, file in shown.files.items():
-                yield self.artifact(shown.label, shown.draw) / name, file
+        return ((self.path / name, known) for name, known in _files(record))
 
     def damaged(self, record: Record, *, thoroughly: bool = False) -> list[Path]:
         """Return the files that are missing, or not as the record says; see :func:`is_intact`."""
         return [
-            path
-            for path, known in self.files(record)
-            if not is_intact(path, known, thoroughly=thoroughly)
+            self.path / name
+            for name, known in _files(record)
+            if not is_intact(self._at(name), known, thoroughly=thoroughly)
         ]
 
     def mend(self, record: Record) -> Record:
@@ -247,6 +243,33 @@ class JobFolder:
         for path in self.path.iterdir() if self.path.is_dir() else ():
             if path != self.log:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+
+
+def _samples(draw: str) -> str:
+    return f"samples/{draw}.safetensors"
+
+
+def _per_example(label: str, draw: str) -> str:
+    return f"scores/{draw or 'fit'}/{slug(label)}.safetensors"
+
+
+def _artifact(label: str, draw: str) -> str:
+    return f"artifacts/{draw}/{slug(label)}"
+
+
+def _files(record: Record) -> Iterator[tuple[str, File]]:
+    """Yield every file that a record speaks of, by its name in the job's folder."""
+    if record.fit is not None:
+        yield _CHECKPOINT, record.fit.checkpoint
+        yield _CURVES, record.fit.curves
+    for draw, drawn in record.draws.items():
+        yield _samples(draw), drawn.file
+    for score in record.scores:
+        if score.file is not None:
+            yield _per_example(score.label, score.draw), score.file
+    for shown in record.artifacts:
+        for name, file in shown.files.items():
+            yield f"{_artifact(shown.label, shown.draw)}/{name}", file
 
 
 def parse_record(content: bytes) -> Record:
@@ -360,7 +383,7 @@ class Store:
         """What tells this folder from others that are logged to the same server."""
         return str(self._marker().get("name", ""))
 
-    @property
+    @cached_property
     def runs(self) -> Path:
         """Where the job folders are."""
         return self.root / "runs"

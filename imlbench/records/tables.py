@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from operator import attrgetter
 
 from pydantic import JsonValue
 
@@ -383,7 +384,7 @@ def _provenance(scored: Sequence[Entry]) -> list[str]:
         return []
 
     def values(name: str) -> str:
-        found = {str(getattr(environment, name)) for environment in where} - {""}
+        found = set(map(str, set(map(attrgetter(name), where)))) - {""}
         return ", ".join(sorted(found)) or "unknown"
 
     seeds = ranges(entry.record.seed for entry in scored)
