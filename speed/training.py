@@ -68,7 +68,7 @@ def epoch(model: Any, batches: Iterator[Tensor], optimizer: Any) -> float:
     generator = torch.Generator().manual_seed(0)
     losses = []
     for x in batches:
-        loss = model.reconstruction_loss(x, generator)
+        loss = model.autoencoder.loss(x, generator)
         optimizer.step(loss)
         losses.append(loss.detach())
     return float(torch.stack(losses).mean())

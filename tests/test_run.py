@@ -331,6 +331,10 @@ class Forgets(Base):
     def fit(self, train, valid, context): self.scale = 1.0
     def sample(self, n, generator): return self.scale * super().sample(n, generator)
 
+class Counts(Base):
+    name = "counts"
+    def sample(self, n, generator): return super().sample(n, generator).round().long()
+
 class Fine(Base):
     name = "fine"
 
@@ -350,11 +354,12 @@ class Careless(Metric[Params]):
     def compute(self, evaluation):
         evaluation.samples.zero_()
         for part in (evaluation.splits.train, evaluation.splits.valid, evaluation.splits.test):
+            part._stored.zero_()
             part.stored.zero_()
         return Score(torch.tensor(1.0), settings={"h": torch.tensor(0.5)})
 
 @hookimpl
-def imlbench_models(): return [Raises, Nan, Killed, Memory, Slow, Litters, Forgets, Fine]
+def imlbench_models(): return [Raises, Nan, Killed, Memory, Slow, Litters, Forgets, Counts, Fine]
 
 @hookimpl
 def imlbench_metrics(): return [Fragile, Careless]
@@ -401,7 +406,7 @@ def statuses(folder: Path) -> dict[str, str]:
 
 
 def test_jobs_that_fail_are_recorded_and_the_others_go_on(outside):
-    models = "raises,nan,killed,memory,litters,forgets,fine"
+    models = "raises,nan,killed,memory,litters,forgets,counts,fine"
     run = ("run", "--models", models, "--datasets", "digits", "--metrics", "kde")
     code, out, err = finish(outside(*run))
     assert code == 1, err
@@ -412,6 +417,7 @@ def test_jobs_that_fail_are_recorded_and_the_others_go_on(outside):
         "memory": "out-of-memory",
         "litters": "done",
         "forgets": "failed",
+        "counts": "failed",
         "fine": "done",
     }
     assert re.search(r"^fine ", out, re.MULTILINE)

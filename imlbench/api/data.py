@@ -49,6 +49,7 @@ class Examples:
         groups: Tensor | None = None,
     ) -> None:
         self._stored, self._is_shared = stored, False
+        self._written = _times_written(stored)
         self.scale, self.offset, self.lengths = scale, offset, lengths
         self.labels: Mapping[str, Tensor] = labels or {}
         if groups is None and lengths is not None:
@@ -70,7 +71,13 @@ class Examples:
         """The stored values."""
         if self._is_shared:
             self._stored, self._is_shared = self._stored.clone(), False
+            self._written = _times_written(self._stored)
         return self._stored
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nobody has written into the storage, as far as torch can tell."""
+        return _times_written(self._stored) == self._written
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -151,6 +158,10 @@ class Examples:
         return content.hexdigest()
 
 
+def _times_written(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
 @dataclass
 class Splits:
     """A loaded dataset.
@@ -171,6 +182,11 @@ class Splits:
         if not self.fingerprint:
             digests = " ".join(part.digest() for part in (self.train, self.valid, self.test))
             self.fingerprint = hashlib.sha256(digests.encode()).hexdigest()[:16]
+
+    @property
+    def are_untouched(self) -> bool:
+        """Whether nobody has written into the data; see :attr:`Examples.is_untouched`."""
+        return all(part.is_untouched for part in (self.train, self.valid, self.test))
 
     def fresh(self) -> Splits:
         """Return the same data for somebody who may write into them; see :class:`Examples`."""

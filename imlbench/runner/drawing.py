@@ -17,7 +17,7 @@ def draw(model: AnyModel, seed: int, n_draws: int, n_samples: int, device: torch
     The draws of a smaller number are the first ones of a larger number.
 
     Raises:
-        TypeError: The model returns something of another shape.
+        TypeError: The model returns something of another type or shape.
         Diverged: Some values are NaN or infinite.
     """
     draws = []
@@ -27,9 +27,13 @@ def draw(model: AnyModel, seed: int, n_draws: int, n_samples: int, device: torch
         with seeded(derived), torch.no_grad():
             found = model.sample(n_samples, generator)
         expected = (n_samples, *model.space.event_shape)
-        if not isinstance(found, Tensor) or found.shape != expected or found.is_complex():
-            what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise TypeError(f"{model.name}.sample must return a real {expected}; got {what}")
+        if not isinstance(found, Tensor):
+            raise TypeError(f"{model.name}.sample must return a tensor; got {type(found).__name__}")
+        if found.shape != expected or not found.is_floating_point():
+            raise TypeError(
+                f"{model.name}.sample must return real numbers of shape {expected}; "
+                f"got {found.dtype} of shape {tuple(found.shape)}"
+            )
         draws.append(found.to("cpu", torch.float32))
     samples = torch.stack(draws)
     if not samples.isfinite().all():

@@ -236,13 +236,18 @@ class _Scorer:
     def __init__(self, assignment: Assignment, folder: JobFolder, evaluation: Evaluation) -> None:
         self._job, self._folder, self._evaluation = assignment.job, folder, evaluation
         self._tasks, self._artifacts = assignment.metrics, assignment.artifacts
-        self._cache = Store(assignment.results).cache
+        self._cache, self._sources = Store(assignment.results).cache, assignment.sources
         self._state = {n: t.clone() for n, t in evaluation.model.state_dict().items()}
         self._failures: dict[str, BaseException] = {}
 
     def _fresh(self) -> Evaluation:
         """Return what a metric may look at; whatever it writes into, nobody else sees."""
         seen = self._evaluation
+        if not seen.splits.are_untouched:  # by way of a private name
+            splits = seen.dataset.load(self._sources)
+            if splits.fingerprint != self._job.fingerprint:
+                raise DataError(f"dataset {self._job.dataset}: was written into. Run again.")
+            self._evaluation = seen = replace(seen, splits=splits)
         seen.model.load_state_dict(self._state)
         seen.model.eval().requires_grad_(False)
         draws = None if seen.draws is None else seen.draws.clone()

@@ -48,8 +48,8 @@ class MNIST(Dataset[MNISTParams]):
 
     def load(self, sources: Sources) -> Splits:
         """Read the files, or download them into the cache if there are none."""
-        raw = sources.find("MNIST/raw")
-        if raw is None:
+        raw, cached = sources.find("MNIST/raw"), sources.cache_dir / "MNIST" / "raw"
+        if raw is None or (raw == cached and not all((raw / name).exists() for name in CHECKSUMS)):
             raw = self._download(sources)
         verify_checksums(raw, CHECKSUMS)
         rest, test = (self._read(raw.parent.parent, train) for train in (True, False))

@@ -538,7 +538,8 @@ def _fit_beside(
     for bad, _ in cases.values():
         bad.install(place.site)
         command = _with(command, "--models", _plugin_name(bad))
-    answer = place.imlbench(*command, *limit, timeout=PATIENCE / 3)
+    patience = PATIENCE if limit else PATIENCE / 3  # what is suspended has ten times the limit
+    answer = place.imlbench(*command, *limit, timeout=patience)
     all_done = all(statuses == {"done"} for _, statuses in cases.values())
     codes = {0} if all_done else {0, 1} if _may_be_done(cases) else {1}
     problems = {"": [*judge_answer(answer, codes), *_escapes(answer)]}
