@@ -86,6 +86,33 @@ def test_the_gradient_of_the_left_inverse_is_that_of_the_normal_equations():
     torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("layer", [Tanh(), Sigmoid(0.0, 1.0), Sigmoid(-1.0, 1.0)])
+@pytest.mark.parametrize("way", ["forward", "inverse"])
+def test_derivatives_of_activations_are_those_of_differences(layer, way):
+    t = torch.tensor([-9.0, -4.0, -2.0, -0.3, 0.0, 1.0, 2.5, 6.0, 50.0]).requires_grad_()
+    at = t if way == "forward" else layer(t).detach().requires_grad_()
+    assert torch.autograd.gradcheck(getattr(layer, way), at, check_forward_ad=True)
+
+
+def test_derivatives_of_the_left_inverse_are_those_of_differences():
+    layer, y = TallLinear(4, 7), normal(5, 7).requires_grad_()
+
+    def inverse(y, weight):
+        return torch.func.functional_call(_Inverse(layer), {"layer.weight": weight}, y)
+
+    weight = (layer.weight.detach() + normal(7, 4, scale=0.3)).requires_grad_()
+    assert torch.autograd.gradcheck(inverse, (y, weight), check_forward_ad=True)
+
+
+class _Inverse(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, y):
+        return self.layer.inverse(y)
+
+
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_encode_inverts_decode_for_any_latent(scale):
     network = perceptron(20, 600, 784)

@@ -104,7 +104,8 @@ class Autoencoder(nn.Module, ABC):
 
     def loss(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Return the squared error, summed over an example and averaged over the batch."""
-        return (self.reconstruct(x, generator) - x).square().sum() / len(x)
+        found = self.reconstruct(x, generator)
+        return nn.functional.mse_loss(found, x, reduction="sum") / len(x)
 
     def log_volume_layerwise(self, h: Tensor) -> Tensor:
         """Return the sum of the layers' own log volume changes at h, shape (N,)."""

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from imlbench.networks import unrounded
 
@@ -38,6 +41,48 @@ class Layer(nn.Module, ABC):
         """Multiply tangent vectors (N, K, n), one per row, by the Jacobian at a: (N, K, m)."""
 
 
+class _LeftInverse(torch.autograd.Function):
+    r"""The least squares solution a of :math:`y \approx W a`, and what it leaves, :math:`y - W a`.
+
+    Solved by the inverse of the Gram matrix, exact although products are rounded under autocast,
+    and refined once. With u the gradient times that inverse, and r what is left, the gradients are
+    :math:`W u` for y and :math:`r u^\top - (W u) a^\top` for W: no more products than the solution
+    takes, and none for the Gram matrix. It cannot be differentiated again.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, weight: Tensor, inverse_gram: Tensor) -> tuple[Tensor, Tensor]:
+        device = y.device.type
+        rounds = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if rounds else y.dtype
+        w, inverse = weight.to(dtype), inverse_gram.to(dtype)
+        a = (y.to(dtype) @ w @ inverse).to(y.dtype)
+        rest = y - a.to(dtype) @ w.mT
+        return a + rest.to(dtype) @ w @ inverse, rest
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[1:], *output)
+        ctx.save_for_forward(*inputs[1:], *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
+        weight, inverse_gram, a, rest = ctx.saved_tensors
+        u = gradient @ inverse_gram
+        v = u @ weight.mT
+        return unrounded(v), unrounded(rest.mT @ u - v.mT @ a), None
+
+    @staticmethod
+    def jvp(ctx: Any, dy: Tensor, dw: Tensor | None, _: None) -> tuple[Tensor, None]:
+        weight, inverse_gram, a, rest = ctx.saved_tensors
+        normal = dy @ weight if dw is None else (dy - a @ dw.mT) @ weight + rest @ dw
+        return normal @ inverse_gram, None
+
+
 class TallLinear(Layer):
     r"""A linear layer that widens.
 
@@ -59,15 +104,10 @@ class TallLinear(Layer):
         return unrounded(nn.functional.linear(a, self.weight, self.bias))
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Solve the normal equations, then refine once; rounded products, too, by an exact inverse.
-
-        The gradient flows through the refinement alone: by the implicit function theorem it is the
-        exact one, and the inverse of the Gram matrix needs none.
-        """
         with torch.no_grad():
             inverse_gram = torch.cholesky_inverse(self._gram_cholesky())
-            start = unrounded((y - self.bias) @ self.weight @ inverse_gram)
-        return start + unrounded((y - self(start)) @ self.weight @ inverse_gram)
+        a: Tensor = _LeftInverse.apply(y - self.bias, self.weight, inverse_gram)[0]
+        return a
 
     def log_volume(self, a: Tensor) -> Tensor:
         return self._gram_cholesky().diagonal().log().sum()
@@ -85,8 +125,49 @@ class TallLinear(Layer):
         return torch.where(info == 0, factor, torch.nan)
 
 
+class _ValueAndSlope(torch.autograd.Function):
+    """A function of each coordinate that returns its value and its derivative.
+
+    A gradient is one product then, where autograd would go back through every operation. It cannot
+    be differentiated again.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        a: Tensor, function: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        return function(a)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+        ctx.save_for_forward(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return gradient * slope, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return tangent * slope, None
+
+
 class Elementwise(Layer):
     """An increasing function of each coordinate."""
+
+    def forward(self, a: Tensor) -> Tensor:
+        value: Tensor = _ValueAndSlope.apply(a, self.value_and_slope)[0]
+        return value
+
+    @abstractmethod
+    def value_and_slope(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the function and its derivative, elementwise."""
 
     @abstractmethod
     def log_slope(self, a: Tensor) -> Tensor:
@@ -114,13 +195,19 @@ class Tanh(Elementwise):
     y_join = math.sqrt(1 - SLOPE)
     t_join = math.atanh(y_join)
 
-    def forward(self, a: Tensor) -> Tensor:
+    def value_and_slope(self, a: Tensor) -> tuple[Tensor, Tensor]:
         inside = a.clamp(-self.t_join, self.t_join)
-        return inside.tanh() + SLOPE * (a - inside)
+        tanh = inside.tanh()
+        return torch.add(tanh, a - inside, alpha=SLOPE), tanh.square().neg_().add_(1)
 
     def inverse(self, y: Tensor) -> Tensor:
+        value: Tensor = _ValueAndSlope.apply(y, self._inverse_and_slope)[0]
+        return value
+
+    def _inverse_and_slope(self, y: Tensor) -> tuple[Tensor, Tensor]:
         inside = y.clamp(-self.y_join, self.y_join)
-        return inside.atanh() + (y - inside) / SLOPE
+        value = torch.add(inside.atanh(), y - inside, alpha=1 / SLOPE)
+        return value, inside.mul_(inside).neg_().add_(1).reciprocal_()
 
     def log_slope(self, a: Tensor) -> Tensor:
         return torch.log1p(-a.clamp(-self.t_join, self.t_join).tanh().square())
@@ -149,14 +236,17 @@ class Sigmoid(Elementwise):
         super().__init__()
         self.low, self.width = low, high - low
 
-    def forward(self, a: Tensor) -> Tensor:
+    def value_and_slope(self, a: Tensor) -> tuple[Tensor, Tensor]:
         inside = a.clamp(-self.t_join, self.t_join)
-        return self.low + self.width * (inside.sigmoid() + SLOPE * (a - inside))
+        sigmoid = inside.sigmoid()
+        unit = torch.add(sigmoid, a - inside, alpha=SLOPE)
+        slope = (1 - sigmoid).mul_(sigmoid).mul_(self.width)
+        return unit.mul_(self.width).add_(self.low), slope
 
     def inverse(self, y: Tensor) -> Tensor:
         unit = (y - self.low) / self.width
         inside = unit.clamp(1 - self.y_join, self.y_join)
-        return inside.logit() + (unit - inside) / SLOPE
+        return torch.add(inside.logit(), unit - inside, alpha=1 / SLOPE)
 
     def log_slope(self, a: Tensor) -> Tensor:
         inside = a.clamp(-self.t_join, self.t_join)
