@@ -7,8 +7,9 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
+from imlbench.runner.provenance import git_commit
 from tests.campaign.faults import FaultClass
 from tests.campaign.oracle import Kind
 from tests.campaign.trials import Tally
@@ -36,6 +37,7 @@ class Row(TypedDict):
     seconds: float
     seed: int
     scale: float
+    commit: NotRequired[str]
     machine: Machine
 
 
@@ -51,6 +53,7 @@ def make_row(tally: Tally, seed: int, scale: float) -> Row:
         "seconds": round(tally.seconds),
         "seed": seed,
         "scale": scale,
+        "commit": git_commit(),
         "machine": describe_machine(),
     }
 
@@ -76,17 +79,18 @@ def _processor() -> str:
 def table(rows: Mapping[str, Row], classes: Sequence[FaultClass]) -> str:
     """Return the table of counts, with a line of sums."""
     kinds = [str(kind) for kind in Kind]
-    lines = [["class", "tried", "survived", *kinds]]
+    lines = [["class", "tried", "survived", *kinds, "commit"]]
     found = [rows[c.name] for c in classes if c.name in rows]
     for fault_class in classes:
         if fault_class.name in rows:
             row = rows[fault_class.name]
-            lines.append([fault_class.name, *_counts(row, kinds)])
+            commit = row.get("commit", "")  # older counts have none
+            lines.append([fault_class.name, *_counts(row, kinds), commit])
     sums = [[int(n) for n in _counts(row, kinds)] for row in found]
     totals = [sum(column) for column in zip(*sums, strict=True)]
-    lines.append(["**all**", *(f"**{n:,}**" for n in totals)])
+    lines.append(["**all**", *(f"**{n:,}**" for n in totals), ""])
     head, *rest = (f"| {' | '.join(cells)} |" for cells in lines)
-    return "\n".join([head, "|---|" + "---:|" * (len(kinds) + 2), *rest])
+    return "\n".join([head, "|---|" + "---:|" * (len(kinds) + 2) + "---|", *rest])
 
 
 def _counts(row: Row, kinds: Sequence[str]) -> list[str]:
