@@ -11,6 +11,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import scipy.stats
 import torch
@@ -23,7 +24,7 @@ from imlbench.plan.planning import make_plan
 from imlbench.plan.registry import Registry
 from imlbench.records.folder import Store
 from speed import __main__ as command
-from speed import hmm, jobs, kde, mixture, report, reuse
+from speed import hmm, jobs, kde, mixture, precision, report, reuse
 from speed.case import Agreement, Case, Claim, Failed, Measured, Note, Seconds, Spread
 from speed.command import environment, imlbench, options, processor_seconds
 from speed.measure import interleaved, per_iteration, ratio, seconds, spread
@@ -297,3 +298,26 @@ def test_every_measured_number_of_the_page_is_from_the_records(run_speed, tmp_pa
     page = (tmp_path / "RESULTS.md").read_text()
     for expected in ("| fast", "arithmetic", "work: 0.5 s (0.25..1)", "- A remark.", "threads"):
         assert expected in page
+
+
+def test_what_bfloat16_changes_is_paired_over_seeds():
+    """The interval and the p value are scipy's; a seed that lacks a precision does not count."""
+    exact, rounded = [1.0, 2.0, 4.0, 7.0], [1.5, 2.25, 4.75, 7.125]
+    rows = [
+        {"dataset": "d", "model": "m", "seed": seed, "precision": name, "status": "done"}
+        | {"kde": value, "kde.stderr": 0.1, "fit_seconds": 2.0 + seed}
+        for name, values in (("float32", exact), ("bfloat16", rounded))
+        for seed, value in enumerate(values)
+    ]
+    alone = {**rows[0], "seed": 9}
+    failed = {**rows[-1], "seed": 9, "status": "failed"}
+    kde, seconds = precision.differences(pd.DataFrame([*rows, alone, failed]))
+    assert (kde.metric, seconds.metric) == ("kde", "fit_seconds")
+    truth = scipy.stats.ttest_rel(rounded, exact)
+    low, high = truth.confidence_interval(0.95)
+    mean, half = kde.interval()
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+    assert kde.p_value() == pytest.approx(truth.pvalue)
+    page = precision.markdown([kde, seconds], "command")
+    assert "| m | kde | 4 | 3.5 | +0.41 ± 0.4 |  |" in page
+    assert "1.00 times as fast" in page
