@@ -13,8 +13,9 @@ from imlbench.api.model import Stateful
 from imlbench.errors import Diverged
 
 MIN_STEPS_PER_EPOCH = 50
+_PAYS = 1e8
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16"]
 """Of the products within networks while they are trained; see :func:`train_epochs`."""
 
 
@@ -31,6 +32,32 @@ def batch_size_for(n_examples: int, batch_size: int) -> int:
 def n_steps_for(n_examples: int, batch_size: int, n_epochs: int) -> int:
     """Return how many steps :func:`train_epochs` will take."""
     return n_epochs * (n_examples // batch_size_for(n_examples, batch_size))
+
+
+def usual_precision(
+    device: torch.device, modules: Iterable[nn.Module], batch_size: int
+) -> Precision:
+    """Return what ``"auto"`` stands for: bfloat16 where it was seen to pay, otherwise float32.
+
+    That is on a processor that has units for it, where a batch is multiplied by a matrix so large
+    that its conversion costs little beside: 10^8 multiplications. Smaller networks get slower;
+    convolutions, and other devices, were not measured.
+
+    Arguments:
+        device: Where training takes place.
+        modules: What is trained.
+        batch_size: Examples per step.
+    """
+    parameters = (parameter for module in modules for parameter in module.parameters())
+    largest = max((matrix.numel() for matrix in parameters if matrix.ndim == 2), default=0)
+    pays = largest * batch_size >= _PAYS
+    return "bfloat16" if device.type == "cpu" and pays and _has_bfloat16_units() else "float32"
+
+
+def _has_bfloat16_units() -> bool:
+    """Whether the processor multiplies bfloat16; older versions of torch cannot tell."""
+    told: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
 
 
 class OneCycleAdam:
@@ -99,7 +126,8 @@ def train_epochs(
         stage: The name under which progress is reported.
         precision: With ``"bfloat16"`` every step runs under :class:`torch.autocast`: matrix
             products and convolutions are rounded to 8 bits of mantissa; parameters, their updates
-            and what the networks of :mod:`imlbench.networks` return stay float32.
+            and what the networks of :mod:`imlbench.networks` return stay float32. ``"auto"``: see
+            :func:`usual_precision`; what was used is recorded.
         parts: What ``step`` and ``after_epoch`` change, such as the model and its optimiser; see
             :meth:`imlbench.FitContext.steps`.
         after_epoch: Called with the epoch, the number of epochs, and the values reported.
@@ -108,7 +136,11 @@ def train_epochs(
         Diverged: A reported value is NaN or infinite, or a factorisation that is checked failed.
     """
     size = batch_size_for(len(data), batch_size)
-    context.record(batch_size=size, n_steps=n_steps_for(len(data), batch_size, n_epochs))
+    if precision == "auto":
+        modules = [part for part in parts if isinstance(part, nn.Module)]
+        precision = usual_precision(context.device, modules, size)
+    n_steps = n_steps_for(len(data), batch_size, n_epochs)
+    context.record(batch_size=size, n_steps=n_steps, precision=precision)
     generator = context.generator(f"{stage} shuffle")
     rounded = torch.autocast(
         context.device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False

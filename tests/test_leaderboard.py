@@ -121,6 +121,14 @@ def runs() -> list[Record]:
     return found
 
 
+def test_a_table_says_what_was_trained_in_bfloat16(runs):
+    first, *others = runs
+    assert not any("bfloat16" in note for note in tables_of(runs)[0].notes)
+    fit = first.fit.model_copy(update={"used": {"precision": "bfloat16"}})
+    (table,) = tables_of([first.model_copy(update={"fit": fit}), *others])
+    assert table.notes[-1].endswith(" Trained in bfloat16: vae.")
+
+
 def test_rows_are_means_and_standard_deviations_over_seeds(runs):
     (table,) = tables_of(runs)
     assert [row.model for row in table.rows] == ["iml-gmm", "vae"]

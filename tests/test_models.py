@@ -8,7 +8,7 @@ import torch
 from imlbench import Model, ParameterError, Params, SampleGiven, available_if, from_data
 from imlbench.plan.registry import Registry
 from imlbench.testing import SPACES, CheckContext, check_model, make_splits
-from imlbench.training import train_epochs
+from imlbench.training import train_epochs, usual_precision
 
 QUICK = {
     "epochs": 1,
@@ -38,11 +38,11 @@ def test_model_keeps_the_contract(registry, name, space):
 
 PERCEPTRON = {"latent_dim": 20, "hidden_dim": 600}
 DCGAN = {"latent_dim": 100, "width": 128}
-EXACT = {"precision": "float32"}
-IML = {"epochs": 18, "batch_size": 500, "learning_rate": 3e-3, **EXACT}
-VAE = {"epochs": 18, "batch_size": 128, "learning_rate": 1e-3, **EXACT}
-GAN = {"n_steps": 10_000, "batch_size": 64, "learning_rate": 2e-4, **EXACT}
-WGAN = {"n_steps": 10_000, "batch_size": 64, "n_critic": 5, **EXACT}
+AUTO = {"precision": "auto"}
+IML = {"epochs": 18, "batch_size": 500, "learning_rate": 3e-3, **AUTO}
+VAE = {"epochs": 18, "batch_size": 128, "learning_rate": 1e-3, **AUTO}
+GAN = {"n_steps": 10_000, "batch_size": 64, "learning_rate": 2e-4, **AUTO}
+WGAN = {"n_steps": 10_000, "batch_size": 64, "n_critic": 5, **AUTO}
 WGAN |= {"gradient_penalty": 0.0, "clip": 0.01}
 SMALLER = {"discriminator_dim": 200, "activation": "relu"}
 DEFAULTS = [
@@ -323,6 +323,25 @@ def test_hasattr_is_the_one_truth():
     assert not other.can(SampleGiven)
     with pytest.raises(AttributeError, match="sample_given"):
         other.sample_given({}, torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("units", "sizes", "batch_size", "expected"),
+    [
+        ({"amx_bf16": True}, (600, 784), 500, "bfloat16"),
+        ({"avx512_bf16": True}, (600, 784), 500, "bfloat16"),
+        ({"avx512_bf16": False, "avx2": True}, (600, 784), 500, "float32"),
+        ({"amx_bf16": True}, (600, 784), 128, "float32"),
+        ({"amx_bf16": True}, (64, 64), 500, "float32"),
+    ],
+)
+def test_products_are_rounded_by_default_where_it_pays(
+    units, sizes, batch_size, expected, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
+    modules = [torch.nn.Linear(*sizes), torch.nn.Conv2d(256, 1024, 4)]
+    assert usual_precision(torch.device("cpu"), modules, batch_size) == expected
+    assert usual_precision(torch.device("cuda"), modules, batch_size) == "float32"
 
 
 @pytest.mark.parametrize("space", ["image", "large-image", "sequence"])

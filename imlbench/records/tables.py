@@ -388,9 +388,13 @@ def _provenance(scored: Sequence[Entry]) -> list[str]:
         return ", ".join(sorted(found)) or "unknown"
 
     seeds = ranges(entry.record.seed for entry in scored)
+    fitted = ((entry.record.model, entry.record.fit) for entry in scored)
+    rounded = {model for model, fit in fitted if fit and fit.used.get("precision") == "bfloat16"}
+    names = ", ".join(sorted(rounded))
     commit = values("git_commit")
     return [
         f"Seeds {seeds}. Run by imlbench {values('imlbench')}"
         f"{'' if commit == 'unknown' else f' (commit {commit})'}, torch {values('torch')}, "
         f"on {values('device')} ({values('machine')}, threads: {values('n_threads')})."
+        f"{f' Trained in bfloat16: {names}.' if names else ''}"
     ]

@@ -61,9 +61,9 @@ class AdversarialParams(Params):
     """Steps of the discriminator, at least, if `epochs` is not given; by default 10,000."""
     batch_size: int = Field(64, ge=1)
     """Examples per step; fewer on small data, so that an epoch has at least 50 steps."""
-    precision: Precision = "float32"
-    """Of the networks' products during training; bfloat16 pays with wide layers and batches of
-    hundreds, on processors made for it, and costs with small ones."""
+    precision: Precision = "auto"
+    """Of the networks' products during training: bfloat16 for wide perceptrons and large batches on
+    processors made for it, otherwise float32; the record says which it was."""
 
 
 P = TypeVar("P", bound=AdversarialParams)

@@ -27,7 +27,7 @@ from imlbench.networks import (
 from imlbench.training import OneCycleAdam, Precision, n_steps_for, train_epochs
 from imlbench_iml.invertible import InvertibleNetwork, Layer, Sigmoid, TallLinear, Tanh
 
-TRAINING = {"epochs": 18, "batch_size": 500, "learning_rate": 3e-3, "precision": "float32"}
+TRAINING = {"epochs": 18, "batch_size": 500, "learning_rate": 3e-3, "precision": "auto"}
 """Usual parameters of the training; they do not apply to a bijection, which needs none."""
 
 
@@ -57,9 +57,9 @@ class IMLParams(Params):
     learning_rate: float = from_data(gt=0)
     """Peak of Adam's one-cycle schedule; by default 3e-3, for convolutions on images 5e-4."""
     precision: Precision = from_data()
-    """Of the auto-encoder's products during training, by default float32; bfloat16 pays with wide
-    layers and batches of hundreds, on processors made for it, and costs with small ones. Embeddings
-    and likelihoods are computed in float32."""
+    """Of the auto-encoder's products during training. By default auto: bfloat16 for wide
+    perceptrons and large batches on processors made for it, otherwise float32; the record says
+    which it was. Embeddings and likelihoods are computed in float32."""
 
 
 P = TypeVar("P", bound=IMLParams)

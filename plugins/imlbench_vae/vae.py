@@ -38,9 +38,9 @@ class VAEParams(Params):
     """Examples per step; fewer on small data, so that an epoch has at least 50 steps."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak of Adam's one-cycle schedule."""
-    precision: Precision = "float32"
-    """Of the networks' products during training; bfloat16 pays with wide layers and batches of
-    hundreds, on processors made for it, and costs with small ones."""
+    precision: Precision = "auto"
+    """Of the networks' products during training: bfloat16 for wide perceptrons and large batches on
+    processors made for it, otherwise float32; the record says which it was."""
 
 
 class VAE(Model[VAEParams]):
