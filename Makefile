@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow speed campaign
+.PHONY: demo test slow speed gpu campaign
 
 # Each installs into .venv what its commands need; again only when pyproject.toml changes.
 $(VENV)/.installed $(VENV)/.test-installed $(VENV)/.speed-installed: pyproject.toml
@@ -26,6 +26,9 @@ slow: $(VENV)/.test-installed  ## the tests that take minutes
 
 speed: $(VENV)/.speed-installed  ## speed beside other libraries, and of the runner
 	$(BIN)/python -m speed
+
+gpu: $(VENV)/.test-installed  ## on a CUDA device: its tests, its speed, the paper's tables; docs/gpu.md
+	$(BIN)/python -m speed.gpu
 
 campaign: $(VENV)/.test-installed  ## a thousand faults, and docs/reliability.md; hours
 	$(BIN)/python -m tests.campaign --report docs/reliability.md

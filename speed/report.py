@@ -120,15 +120,19 @@ def agrees(record: Record) -> bool:
 
 def markdown(records: Sequence[Record]) -> str:
     """Return RESULTS.md, made of records alone."""
+    return f"# What `make speed` measured\n\n{sections(records)}\n"
+
+
+def sections(records: Sequence[Record]) -> str:
+    """Return the tables of all records, and of the machines that they come from."""
     parts = [
-        "# What `make speed` measured",
         "Numbers are medians over repetitions that take turns, with the smallest and the largest "
         "in parentheses. Predictions stand in the code and were made before measuring.",
         *(_section(record) for record in records),
         "## Machines",
         *(_machine(found, records) for found in _distinct(records)),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def _section(record: Record) -> str:

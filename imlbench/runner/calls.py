@@ -101,7 +101,7 @@ def describe(pool: Pool) -> dict[str, str]:
 
 
 def count_devices(pool: Pool) -> int:
-    """Return how many CUDA devices there are."""
+    """Return how many CUDA devices are visible."""
     answer: int = _ask(pool, CountDevices())
     return answer
 

@@ -194,10 +194,13 @@ def n_processors() -> int:
 def choose_devices(requested: str, n_cuda: int) -> list[str]:
     """Return the devices to use.
 
+    Numbers count the devices that ``CUDA_VISIBLE_DEVICES`` leaves visible, in its order, whatever
+    it calls them by: numbers, UUIDs, parts of a device (MIG). Processes of jobs inherit it.
+
     Arguments:
         requested: ``"auto"`` (every CUDA device, or the CPU), ``"cpu"``, ``"cuda"``, ``"cuda:1"``,
             or several separated by commas.
-        n_cuda: How many CUDA devices there are.
+        n_cuda: How many CUDA devices are visible.
 
     Raises:
         UserError: A device does not exist.
@@ -205,11 +208,13 @@ def choose_devices(requested: str, n_cuda: int) -> list[str]:
     available = [f"cuda:{index}" for index in range(n_cuda)]
     if requested == "auto":
         return available or ["cpu"]
+    devices = {"cpu": ["cpu"], **{name: [name] for name in available}}
+    if available:
+        devices["cuda"] = available
     chosen: list[str] = []
     for name in requested.split(","):
-        devices = available if name == "cuda" else [name] if name in ["cpu", *available] else []
-        if not devices:
-            known = ", ".join(["auto", "cpu", *available])
+        if name not in devices:
+            known = ", ".join(["auto", *devices])
             raise UserError(f"--device: must be one of {known}; got '{name}'. Use another.")
-        chosen += devices
+        chosen += devices[name]
     return list(dict.fromkeys(chosen))
