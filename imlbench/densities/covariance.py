@@ -15,6 +15,7 @@ LogDensities = Callable[[Tensor], Tensor]
 r"""Points :math:`(B, K)` → their log-densities under every component, :math:`(B, C)`, float64."""
 
 _STRIP = 32  # columns of a triangular factor that are multiplied at once
+_STRIP_BYTES = 1 << 21  # of their products at once, on a CPU: what a core's own cache holds
 _FEW = 32  # dimensions up to which products of all pairs of coordinates are formed at once
 _NEGLIGIBLE = 1e-16  # responsibilities below it are left out of full second moments
 _LOG_2PI = math.log(2 * math.pi)
@@ -74,10 +75,13 @@ class TriangularNormal:
     :math:`P` is upper triangular; its columns are taken in strips, all components of a strip in one
     matrix product, which leaves out most of the zeros below the diagonal.
 
+    All log-densities are NaN where the rounding of ``dtype`` would show, and those of a component
+    whose covariance is not positive definite: who looks at their sum has to wait only once.
+
     Arguments:
         means: Shape :math:`(C, K)`, float64.
         covariances: Shape :math:`(C, K, K)`, float64.
-        dtype: Type of the products. float32 gives way to float64 where its rounding would show.
+        dtype: Type of the products. The rounding of float64 is taken as it comes.
     """
 
     def __init__(self, means: Tensor, covariances: Tensor, dtype: torch.dtype) -> None:
@@ -85,9 +89,11 @@ class TriangularNormal:
         factors = precision_factor(covariances)
         reach = (means - means.mean(0)).square().sum(1).amax() + _traces(covariances).amax()
         steepest = torch.linalg.vector_norm(factors, dim=1).amax()
-        self.dtype = _sufficient_dtype(float(reach.sqrt() * steepest), dtype)
-        self.origin = means.mean(0).to(self.dtype)
-        self.log_scale = factors.diagonal(dim1=1, dim2=2).log().sum(1) - n_dims * _LOG_2PI / 2
+        self.dtype = dtype
+        self.origin = means.mean(0).to(dtype)
+        log_scale = factors.diagonal(dim1=1, dim2=2).log().sum(1) - n_dims * _LOG_2PI / 2
+        suffices = _suffices(dtype, reach.sqrt() * steepest)
+        self.log_scale = torch.where(suffices, log_scale, torch.nan)
         offsets = torch.einsum("ck,ckj->cj", self.origin.double() - means, factors)
         n_strips = math.ceil(n_dims / _STRIP)
         edges = [round(i * n_dims / n_strips) for i in range(n_strips + 1)]
@@ -96,24 +102,32 @@ class TriangularNormal:
                 1 + stop,
                 torch.cat([offsets[None], factors.transpose(0, 1)])[: 1 + stop, :, start:stop]
                 .reshape(1 + stop, -1)
-                .to(self.dtype),
+                .to(dtype),
             )
             for start, stop in pairwise(edges)
         ]
 
     def __call__(self, h: Tensor) -> Tensor:
+        row_bytes = self.n_components * _STRIP * self.dtype.itemsize
+        n_rows = max(_STRIP_BYTES // row_bytes, 64) if h.device.type == "cpu" else len(h)
+        squared = torch.cat([self._squared_distances(rows) for rows in h.split(n_rows)])
+        largest = torch.finfo(self.dtype).max
+        return self.log_scale - squared.clamp_(max=largest).double() / 2
+
+    def _squared_distances(self, h: Tensor) -> Tensor:
         x = torch.nn.functional.pad(h.to(self.dtype) - self.origin, (1, 0), value=1.0)
         squared = x.new_zeros(len(x), self.n_components)
         for stop, weight in self.strips:
             y = x[:, :stop] @ weight
             squared += y.square_().view(len(x), self.n_components, -1).sum(2)
-        largest = torch.finfo(self.dtype).max
-        return self.log_scale - squared.clamp_(max=largest).double() / 2
+        return squared
 
 
-def _sufficient_dtype(magnitude: float, dtype: torch.dtype) -> torch.dtype:
-    """float64 if rounding terms of this magnitude moves their sum, of order 1, by over 1e-3."""
-    return dtype if magnitude * torch.finfo(dtype).eps / 2 < 1e-3 else torch.float64
+def _suffices(dtype: torch.dtype, magnitude: Tensor) -> Tensor:
+    """Whether rounding terms of this magnitude moves their sum, of order 1, by less than 1e-3."""
+    if dtype == torch.float64:
+        return torch.ones_like(magnitude, dtype=torch.bool)
+    return magnitude * (torch.finfo(dtype).eps / 2) < 1e-3
 
 
 def _traces(matrices: Tensor) -> Tensor:
@@ -135,10 +149,20 @@ def scatter(blocks: Sequence[Tensor], mean: Tensor) -> Tensor:
 
 
 def precision_factor(covariances: Tensor) -> Tensor:
-    r"""Upper triangular :math:`P` with :math:`P P^\top = \Sigma^{-1}`; batched."""
-    lower = torch.linalg.cholesky(covariances)
+    r"""Upper triangular :math:`P` with :math:`P P^\top = \Sigma^{-1}`; batched.
+
+    NaN where a matrix is not positive definite; nobody waits to know.
+    """
+    lower, failed = torch.linalg.cholesky_ex(covariances)
+    lower = torch.where(failed[..., None, None] > 0, torch.nan, lower)
     eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).mT
+
+
+def raised(matrices: Tensor, floor: float) -> Tensor:
+    """Makes matrices symmetric that are so up to rounding, and adds ``floor`` to the diagonals."""
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    return (matrices + matrices.mT) / 2 + floor * eye
 
 
 def positive_definite(matrices: Tensor, floor: float) -> Tensor:
@@ -154,13 +178,12 @@ def positive_definite(matrices: Tensor, floor: float) -> Tensor:
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     scale = matrices.diagonal(dim1=-2, dim2=-1).abs().amax(-1)[..., None, None]
     least = 1e-15 * scale + 1e-30
-    jitter = torch.full_like(scale, floor)
-    matrices = (matrices + matrices.mT) / 2
+    matrices, jitter = raised(matrices, 0.0), torch.full_like(scale, floor)
     while True:
-        raised = matrices + jitter * eye
-        failed = torch.linalg.cholesky_ex(raised).info[..., None, None] > 0
+        candidates = matrices + jitter * eye
+        failed = torch.linalg.cholesky_ex(candidates).info[..., None, None] > 0
         if not failed.any():
-            return raised
+            return candidates
         jitter = torch.where(failed, torch.maximum(10 * jitter, least), jitter)
 
 
@@ -181,7 +204,14 @@ class Covariance(ABC):
 
     @abstractmethod
     def estimate(self, moments: Moments, means: Tensor, floor: float) -> Tensor:
-        """Covariances of greatest likelihood about ``means`` (about the origin), plus a floor."""
+        """Covariances of greatest likelihood about ``means`` (about the origin), plus a floor.
+
+        Rounding may leave them not quite positive definite: see :meth:`mend`.
+        """
+
+    def mend(self, covariances: Tensor) -> Tensor:
+        """The covariances; those that are not positive definite get more on their diagonals."""
+        return covariances
 
     @abstractmethod
     def colour(self, noise: Tensor, components: Tensor, covariances: Tensor) -> Tensor:
@@ -217,16 +247,19 @@ class Full(Covariance):
             squares[:, row, column] += responsibilities.T @ pairs
             squares[:, column, row] = squares[:, row, column]
             return
-        component, row = (responsibilities.T > _NEGLIGIBLE).nonzero(as_tuple=True)
-        sizes = torch.bincount(component, minlength=len(squares)).tolist()
-        weight = responsibilities[row, component].sqrt_()[:, None]
-        for square, rows, root in zip(squares, row.split(sizes), weight.split(sizes), strict=True):
-            y = x[rows].mul_(root)
-            square.addmm_(y.T, y)
+        for square, weight in zip(squares, responsibilities.T.contiguous(), strict=True):
+            y = x
+            if x.device.type == "cpu":  # elsewhere, to wait for a number of points costs more
+                rows = (weight > _NEGLIGIBLE).nonzero().squeeze(1)
+                y, weight = x[rows], weight[rows]
+            square.addmm_((y * weight[:, None]).T, y)
 
     def estimate(self, moments: Moments, means: Tensor, floor: float) -> Tensor:
         squares = moments.squares / moments.counts[:, None, None]
-        return positive_definite(squares - means[:, :, None] * means[:, None, :], floor)
+        return raised(squares - means[:, :, None] * means[:, None, :], floor)
+
+    def mend(self, covariances: Tensor) -> Tensor:
+        return positive_definite(covariances, 0.0)
 
     def colour(self, noise: Tensor, components: Tensor, covariances: Tensor) -> Tensor:
         factors = torch.linalg.cholesky(covariances)
@@ -261,7 +294,10 @@ class Tied(Covariance):
 
     def estimate(self, moments: Moments, means: Tensor, floor: float) -> Tensor:
         between = means.T @ (means * moments.counts[:, None])
-        return positive_definite((moments.squares - between) / moments.counts.sum(), floor)
+        return raised((moments.squares - between) / moments.counts.sum(), floor)
+
+    def mend(self, covariances: Tensor) -> Tensor:
+        return positive_definite(covariances, 0.0)
 
     def colour(self, noise: Tensor, components: Tensor, covariances: Tensor) -> Tensor:
         return noise @ torch.linalg.cholesky(covariances).T

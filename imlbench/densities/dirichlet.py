@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Beta, kl_divergence
 
-from imlbench.densities.covariance import Moments, positive_definite, precision_factor, scatter
+from imlbench.densities.covariance import (
+    Moments,
+    positive_definite,
+    precision_factor,
+    raised,
+    scatter,
+)
 from imlbench.densities.em import EMOptions
 from imlbench.densities.mixture import Mixture
 from imlbench.densities.weights import perplexity
@@ -114,13 +120,15 @@ class DirichletProcessMixture(Mixture):
         r"""The multivariate digamma function, :math:`\psi_K(\nu / 2)`."""
         return ((nu[:, None] - torch.arange(self.n_dims, device=nu.device)) / 2).digamma().sum(1)
 
-    def _penalty(self) -> float:
+    def _penalty(self) -> Tensor:
         """Divergence of the posterior over sticks, means and precisions from the prior."""
-        prior = Beta(torch.ones_like(self.weights), self.concentration)
-        sticks = kl_divergence(Beta(self.concentrations[:, 0], self.concentrations[:, 1]), prior)
+        ones = torch.ones_like(self.weights)
+        prior = Beta(ones, self.concentration * ones, validate_args=False)  # nobody has to wait
+        posterior = Beta(self.concentrations[:, 0], self.concentrations[:, 1], validate_args=False)
+        sticks = kl_divergence(posterior, prior)
         factors = precision_factor(self.covariances)
         rest = self._normal_divergence(factors) + self._wishart_divergence(factors)
-        return float((sticks + rest).sum())
+        return (sticks + rest).sum()
 
     def _normal_divergence(self, factors: Tensor) -> Tensor:
         r"""Expected KL of the means given the precisions, from the prior; :math:`\kappa_0 = 1`."""
@@ -130,11 +138,11 @@ class DirichletProcessMixture(Mixture):
 
     def _wishart_divergence(self, factors: Tensor) -> Tensor:
         r"""KL of the precisions, :math:`W(\nu, (\nu\Sigma)^{-1})`, from the prior."""
-        k, nu, nu_0 = self.n_dims, self.degrees_of_freedom, torch.tensor(float(self.n_dims))
-        root = torch.linalg.cholesky(self._scale)
+        k, nu, nu_0 = self.n_dims, self.degrees_of_freedom, float(self.n_dims)
+        root = torch.linalg.cholesky_ex(self._scale).L
         trace = (root.T @ factors).square().sum((1, 2))
         log_det = -2 * (factors.diagonal(dim1=1, dim2=2).log().sum(1) + root.diagonal().log().sum())
-        log_gamma = torch.mvlgamma(nu_0.to(nu) / 2, k) - torch.mvlgamma(nu / 2, k)
+        log_gamma = torch.mvlgamma(torch.full_like(nu, nu_0 / 2), k) - torch.mvlgamma(nu / 2, k)
         moved = k * (nu_0 * nu.log() - nu) + (nu - nu_0) * self._digamma(nu)
         return (nu_0 * log_det + trace + moved) / 2 + log_gamma
 
@@ -150,7 +158,7 @@ class DirichletProcessMixture(Mixture):
         self.mean_precisions, self.degrees_of_freedom = kappa, nu
         self.means = self._origin + means * (counts / kappa)[:, None]
         total = self._scale + within + between
-        self.covariances = positive_definite(total / nu[:, None, None], 0.0)
+        self.covariances = raised(total / nu[:, None, None], 0.0)
         self.weights = self._mean_weights()
 
     def _mean_weights(self) -> Tensor:

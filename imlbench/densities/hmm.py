@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple, Self, Unpack
+from itertools import accumulate, pairwise
+from typing import NamedTuple, Self, TypeVar, Unpack
 
 import torch
 from torch import Generator, Tensor
@@ -21,56 +22,115 @@ from imlbench.densities.kmeans import kmeans
 _LEAST = 1e-100  # smaller transition probabilities count as this one; see GaussianHMM
 _UNVISITED = 1e-5  # expected points below which a state keeps its emissions
 _BLOCK = 1 << 22  # posterior probabilities held at once
+_PIECE = 256  # points of a recording that a recursion runs over at once, beside other pieces
+_GAP = 1e-10  # by which neighbouring pieces may differ in what they know where they meet
+
+Result = TypeVar("Result")
 
 
 class Packed(NamedTuple):
-    """Recordings side by side: all first points, then all second points, and so on.
+    """Windows of the recordings side by side: all first points, then all second points, and so on.
+
+    A window is a piece of a recording with a run-in and a run-out, points that its neighbours
+    answer for: a recursion forgets on them that it knew nothing of what lies beyond.
 
     Arguments:
-        order: Row of the original points for every packed row, shape (N,).
-        starts: Where every step begins, and at last N; recordings are in order of falling length,
-            so the recordings that are still running at a step are the first ones.
+        order: Point of every packed row, shape (M,).
+        starts: Where every step begins, and at last M; windows are in order of falling length, so
+            those that are still running at a step are the first ones.
+        own: Packed row of every point, in the window of its own piece, shape (N,).
+        firsts: Points that begin a recording, shape (R,).
+        lasts: Points that end a recording, shape (R,).
+        opens: Whether the windows, in order, begin with their recordings, shape (W,).
+        seams: Points that begin a piece within a recording, shape (S,).
+        beyond: Packed rows of the seams in the windows of the pieces before them, shape (S,).
+        ahead: Packed rows of the points before the seams in the windows after them, shape (S,).
     """
 
     order: Tensor
     starts: list[int]
+    own: Tensor
+    firsts: Tensor
+    lasts: Tensor
+    opens: Tensor
+    seams: Tensor
+    beyond: Tensor
+    ahead: Tensor
 
     @property
     def sizes(self) -> list[int]:
-        """How many recordings are running at every step."""
+        """How many windows are running at every step."""
         return [stop - start for start, stop in pairwise(self.starts)]
 
-    def steps(self) -> Iterator[tuple[int, int, int, int]]:
-        """For every step but the first: its rows, and the rows that lead to them."""
-        for (before, start), stop in zip(pairwise(self.starts), self.starts[2:], strict=False):
-            yield before, before + stop - start, start, stop
+    def forward_gap(self, predicted: Tensor) -> Tensor:
+        """How far apart neighbours are about seams, given what they predict of their points."""
+        return _gap(predicted[self.own[self.seams]], predicted[self.beyond])
 
-    def last(self) -> list[int]:
-        """The rows of the recordings' last points."""
-        sizes = [*self.sizes, 0]
-        return [
-            row
-            for start, (size, n_going_on) in zip(self.starts, pairwise(sizes), strict=False)
-            for row in range(start + n_going_on, start + size)
-        ]
+    def backward_gap(self, future: Tensor) -> Tensor:
+        """How far apart neighbours are about seams, given what they know of the future."""
+        return _gap(future[self.own[self.seams - 1]], future[self.ahead])
 
 
-def pack(lengths: Sequence[int], device: torch.device) -> Packed:
-    """Packs recordings that follow each other.
+def _gap(ours: Tensor, theirs: Tensor) -> Tensor:
+    """The greatest distance of rows in Hilbert's projective metric, relative; at least 0."""
+    ratio = ours / theirs
+    spread = ratio.amax(1) / ratio.amin(1)
+    return torch.cat([spread, spread.new_ones(1)]).amax() - 1
+
+
+def pack(lengths: Sequence[int], piece: int, device: torch.device) -> Packed:
+    """Cuts recordings, which follow each other, into windows of even pieces, and packs these.
+
+    Arguments:
+        lengths: Points of every recording.
+        piece: Most points of a piece; its run-in and run-out have an eighth of it, where the
+            recording has that many.
+        device: Where the indices go.
 
     Example:
-        >>> packed = pack([1, 3], torch.device("cpu"))
+        >>> packed = pack([1, 3], 8, torch.device("cpu"))
         >>> packed.order.tolist(), packed.starts
         ([1, 0, 2, 3], [0, 2, 3, 4])
     """
-    length = torch.tensor(lengths)
-    falling = length.sort(descending=True, stable=True).indices
-    first = (length.cumsum(0) - length)[falling]
+    windows = [
+        (max(begin - piece // 8, first), begin, end, min(end + piece // 8, last + 1))
+        for first, length in zip(accumulate(lengths, initial=0), lengths, strict=False)
+        for last in [first + length - 1]
+        for begin, end in pairwise(_edges(first, length, piece))
+    ]
+    window_start, begin, end, window_stop = torch.tensor(windows).unbind(1)
+    length = window_stop - window_start
+    falling = length.argsort(descending=True, stable=True)
+    rank = falling.argsort()
     step = torch.arange(int(length.max()))
     running = (length[falling][None, :] > step[:, None]).nonzero()
-    index = first[running[:, 1]] + running[:, 0]
-    sizes = torch.bincount(running[:, 0])
-    return Packed(index.to(device), [0, *sizes.cumsum(0).tolist()])
+    starts = torch.cat([length.new_zeros(1), torch.bincount(running[:, 0]).cumsum(0)])
+
+    def row(point: Tensor, window: Tensor) -> Tensor:
+        return starts[point - window_start[window]] + rank[window]
+
+    stops = torch.tensor(lengths).cumsum(0)
+    firsts = stops - torch.tensor(lengths)
+    point, number = torch.arange(int(stops[-1])), torch.arange(len(windows))
+    after = number[~torch.isin(begin, firsts)]
+    indices = (
+        window_start[falling][running[:, 1]] + running[:, 0],
+        row(point, number.repeat_interleave(end - begin)),
+        firsts,
+        stops - 1,
+        torch.isin(window_start[falling], firsts),
+        begin[after],
+        row(begin[after], after - 1),
+        row(begin[after] - 1, after),
+    )
+    order, *others = (index.to(device, non_blocking=True) for index in indices)
+    return Packed(order, starts.tolist(), *others)
+
+
+def _edges(first: int, length: int, piece: int) -> list[int]:
+    """Where the pieces of a recording begin, and where the last one ends."""
+    n_pieces = math.ceil(length / piece)
+    return [first + i * length // n_pieces for i in range(n_pieces + 1)]
 
 
 class Filtered(NamedTuple):
@@ -125,6 +185,12 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
     point can make a difference of 208 orders of magnitude good. Smaller probabilities, zeros too,
     count as 1e-100, so a sequence that a model with zeros calls impossible has a tiny density
     rather than none.
+
+    A long recording is cut into pieces that advance together. Each starts some points early, from
+    no knowledge of what came before, which the recursions forget exponentially fast; what
+    neighbours know where they meet must then agree to 1e-10 in Hilbert's projective metric, which
+    no step of a recursion increases, so that log-densities are that close too. Where a model
+    forgets more slowly, pieces are made longer, in the end as long as the recordings.
 
     Samples are recordings one after another: ``ends`` are the shares of the points of a state that
     were the last of their recording, and after such a point a sample starts anew from :math:`\pi`.
@@ -246,7 +312,8 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         return model
 
     def _log_prob(self, points: Points) -> Tensor:
-        return self._conditionals(Points(points.h.to(self.device), points.lengths))
+        points = Points(points.h.to(self.device), points.lengths)
+        return self._joined(points, self._conditionals)[0]
 
     def _sample(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
         device, double = generator.device, torch.float64
@@ -275,16 +342,39 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
             end += length
         yield slice(begin, end), group
 
-    def _conditionals(self, points: Points) -> Tensor:
-        r"""Log-densities :math:`\log p(h_t \mid h_1, \dots, h_{t-1})`, shape (N,)."""
+    def _joined(
+        self, points: Points, recursion: Callable[[Points, int], tuple[Result, Tensor, Tensor]]
+    ) -> tuple[Result, float]:
+        """Runs a recursion with ever longer pieces, until neighbours agree where they meet.
+
+        Arguments:
+            points: The points.
+            recursion: Takes the points and the most points of a piece; gives its result, their
+                log-likelihood, and how far apart neighbours are.
+
+        Returns:
+            The result, and the log-likelihood of all points in nats.
+        """
+        piece = _PIECE
+        while True:
+            result, total, gap = recursion(points, piece)
+            log_likelihood, apart = torch.stack([total, gap]).tolist()
+            if apart <= _GAP or piece >= max(points.lengths):
+                return result, log_likelihood
+            piece *= 8
+
+    def _conditionals(self, points: Points, piece: int) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Log-densities :math:`\log p(h_t \mid h_1, \dots, h_{t-1})`, shape (N,); sum; gap."""
         emissions = DiagonalNormal(self.means.double(), 1 / self.variances.double())
         h = points.h
         out = torch.empty(len(h), dtype=torch.float64, device=h.device)
+        gap = out.new_zeros(())
         for rows, group in self._groups(points.lengths):
-            packed = pack(group, h.device)
+            packed = pack(group, piece, h.device)
             filtered = self._forward(emissions(h[rows][packed.order]), packed)
-            out[rows][packed.order] = filtered.conditional
-        return out
+            out[rows] = filtered.conditional[packed.own]
+            gap = torch.maximum(gap, packed.forward_gap(filtered.predicted))
+        return out, out.sum(), gap
 
     def _safe_parameters(self) -> tuple[Tensor, Tensor]:
         """Start and transition probabilities, none so small that scaling would lose it."""
@@ -297,7 +387,7 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         likelihood = emission.sub_(peak[:, None]).exp_()
         predicted, filtered = torch.empty_like(emission), torch.empty_like(emission)
         total = torch.empty_like(peak)
-        predicted[: packed.starts[1]] = start
+        predicted[: packed.starts[1]] = torch.where(packed.opens[:, None], start, 1 / len(start))
         by_step = (x.split(packed.sizes) for x in (predicted, likelihood, filtered, total[:, None]))
         before = None
         for prior, likely, joint, scale in zip(*by_step, strict=True):
@@ -326,20 +416,20 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
 
     def _posterior(
         self, h: Tensor, packed: Packed, emissions: DiagonalNormal
-    ) -> tuple[Tensor, ...]:
-        """State probabilities (N, C), transition counts (C, C), log-likelihood of packed points."""
-        likelihood, predicted, filtered, conditional = self._forward(emissions(h), packed)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """State probabilities (N, C), transition counts (C, C), log-likelihood of points, gap."""
+        likelihood, predicted, filtered, conditional = self._forward(
+            emissions(h[packed.order]), packed
+        )
         future, present = self._backward(likelihood, packed)
-        first = packed.starts[1]
-        present = present[first:]
-        present /= (predicted[first:] * present).sum(1, keepdim=True)
-        counts = torch.zeros_like(self.transitions)
-        if len(present):
-            now = torch.cat([filtered[a:b] for a, b, _, _ in packed.steps()])
-            counts = now.T @ present * self._safe_parameters()[1]
+        gap = torch.maximum(packed.forward_gap(predicted), packed.backward_gap(future))
+        present /= predicted.mul_(present).sum(1, keepdim=True)
+        present, filtered, future = (x[packed.own] for x in (present, filtered, future))
+        present[packed.firsts] = 0.0  # no transition leads there
+        counts = filtered[:-1].T @ present[1:] * self._safe_parameters()[1]
         states = future.mul_(filtered)
         states /= states.sum(1, keepdim=True)
-        return states, counts, conditional.sum()
+        return states, counts, conditional[packed.own].sum(), gap
 
     def _prepare(self, h: Tensor) -> None:
         self._origin = centre(h.split(1 << 14))
@@ -365,25 +455,29 @@ class GaussianHMM(LatentDensity[HMMStatistics]):
         self._set_ends(torch.bincount(nearest(h[last]).argmax(1), minlength=c), moments[:, 0])
 
     def _expectation(self, points: Points) -> tuple[HMMStatistics, float]:
+        statistics, log_likelihood = self._joined(points, self._statistics)
+        return statistics, log_likelihood / len(points.h)
+
+    def _statistics(self, points: Points, piece: int) -> tuple[HMMStatistics, Tensor, Tensor]:
+        """Statistics, log-likelihood, and how far apart neighbours are."""
         h = points.h
         emissions = DiagonalNormal(self.means, 1 / self.variances)
         start, counts = torch.zeros_like(self.start), torch.zeros_like(self.transitions)
         ends = torch.zeros_like(self.ends)
         moments = self.means.new_zeros(self.n_components, 1 + 2 * self.n_dims)
-        total = torch.zeros((), dtype=torch.float64, device=h.device)
+        total, gap = self.means.new_zeros(2)
         for rows, group in self._groups(points.lengths):
-            packed = pack(group, h.device)
-            x = h[rows][packed.order]
-            states, pairs, log_likelihood = self._posterior(x, packed, emissions)
-            start += states[: packed.starts[1]].sum(0)
-            ends += states[packed.last()].sum(0)
+            x, packed = h[rows], pack(group, piece, h.device)
+            states, pairs, log_likelihood, apart = self._posterior(x, packed, emissions)
+            start += states[packed.firsts].sum(0)
+            ends += states[packed.lasts].sum(0)
             counts += pairs
             moments += self._moments(x, states)
-            total += log_likelihood
-        return HMMStatistics(start, ends, counts, moments), float(total) / len(h)
+            total, gap = total + log_likelihood, torch.maximum(gap, apart)
+        return HMMStatistics(start, ends, counts, moments), total, gap
 
     def _log_likelihood(self, points: Points) -> float:
-        return float(self._conditionals(points).mean())
+        return self._joined(points, self._conditionals)[1] / len(points.h)
 
     def _maximisation(self, statistics: HMMStatistics) -> None:
         starts = statistics.starts + self.transition_prior

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -46,6 +47,7 @@ class Mixture(LatentDensity[Moments]):
     means: Tensor
     covariances: Tensor
     _origin: Tensor
+    _dtype: torch.dtype  # of the products of a fit
 
     def __init__(
         self,
@@ -108,9 +110,9 @@ class Mixture(LatentDensity[Moments]):
         """Log-weights for the E-step, shape (C,)."""
         return self.weights.double().log()
 
-    def _penalty(self) -> float:
-        """What the criterion takes off the sum of the E-step's log-densities, in nats."""
-        return 0.0
+    def _penalty(self) -> Tensor:
+        """What the criterion takes off the sum of the E-step's log-densities, in nats; scalar."""
+        return self.weights.new_zeros(())
 
     def _blocks(self, h: Tensor) -> Sequence[Tensor]:
         width = self.n_components * min(self.n_dims, 32) * 4
@@ -131,7 +133,7 @@ class Mixture(LatentDensity[Moments]):
         return moments
 
     def _prepare(self, h: Tensor) -> None:
-        self._origin = centre(self._blocks(h))
+        self._origin, self._dtype = centre(self._blocks(h)), h.dtype
 
     def _initialise(self, points: Points, generator: Generator) -> None:
         h = points.h
@@ -170,9 +172,19 @@ class Mixture(LatentDensity[Moments]):
         self.n_iter, self.converged = int(model.n_iter_), bool(model.converged_)
 
     def _expectation(self, points: Points) -> tuple[Moments, float]:
-        h = points.h
-        joint = self._log_joint(h.dtype, self._log_weights())
-        total = torch.zeros((), dtype=torch.float64, device=h.device)
+        moments, total = self._statistics(points.h)
+        value = float(total)
+        if math.isnan(value):  # a covariance has no Cholesky factor, or rounding would show
+            self.covariances = self._covariance.mend(self.covariances)
+            self._dtype = torch.float64
+            moments, total = self._statistics(points.h)
+            value = float(total)
+        return moments, value / len(points.h)
+
+    def _statistics(self, h: Tensor) -> tuple[Moments, Tensor]:
+        """Moments of the points, and the criterion: NaN if they could not be computed."""
+        joint = self._log_joint(self._dtype, self._log_weights())
+        total = -self._penalty()
 
         def posterior(block: Tensor) -> Tensor:
             log_joint = joint(block)
@@ -180,12 +192,11 @@ class Mixture(LatentDensity[Moments]):
             total.add_(log_density.sum())
             return log_joint.sub_(log_density).exp_()
 
-        moments = self._moments(h, posterior)
-        return moments, (float(total) - self._penalty()) / len(h)
+        return self._moments(h, posterior), total
 
     def _log_likelihood(self, points: Points) -> float:
         h = points.h
-        joint = self._log_joint(h.dtype)
+        joint = self._log_joint(self._dtype)
         return float(sum(joint(block).logsumexp(1).sum() for block in self._blocks(h))) / len(h)
 
 

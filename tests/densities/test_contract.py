@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -18,6 +20,7 @@ from imlbench.densities import (
     GaussianHMM,
     GaussianMixture,
 )
+from tests.accelerator import DEVICE, accelerator
 
 BUILD: dict[str, Callable[[int], Density]] = {
     "gaussian": Gaussian,
@@ -180,6 +183,26 @@ def test_bad_recordings_are_refused(name: str) -> None:
         density.fit(h, generator=seeded(), valid=h * torch.nan)
     with pytest.raises(ValueError, match="valid_lengths must be positive and sum to 300"):
         density.fit(h, generator=seeded(), valid=h, valid_lengths=[299])
+
+
+@pytest.mark.parametrize("k", [2, 40])  # second moments of all pairs of dimensions, and not
+@pytest.mark.parametrize("held_out", [False, True])
+def test_an_iteration_waits_for_nothing_but_its_likelihoods(
+    name: str, k: int, held_out: bool
+) -> None:
+    if name in {"gaussian", "scikit-learn"}:
+        pytest.skip("does not iterate here")
+
+    def waits(max_iter: int) -> Counter[str]:
+        density = BUILD[name](k)
+        density.max_iter, density.tol = max_iter, -math.inf
+        with accelerator() as log:
+            h = blobs(k).to(DEVICE)
+            valid = h[::7] if held_out else None
+            density.fit(h, generator=torch.Generator(DEVICE), valid=valid, lengths=LENGTHS)
+        return log.waits
+
+    assert (waits(7) - waits(4)).total() == 3 * (1 + held_out)
 
 
 HARD = {

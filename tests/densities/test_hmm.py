@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -14,6 +15,7 @@ from scipy.stats import norm
 from torch import Generator, Tensor
 
 from imlbench.densities import GaussianHMM
+from imlbench.densities.density import Points
 from imlbench.densities.hmm import pack
 
 LENGTHS = [40, 7, 1, 90, 12, 7, 143]
@@ -138,11 +140,77 @@ def test_first_terms_are_those_of_a_mixture() -> None:
 
 
 def test_pack_sorts_by_step() -> None:
-    packed = pack([2, 3, 1], torch.device("cpu"))
+    packed = pack([2, 3, 1], 256, torch.device("cpu"))
     assert packed.order.tolist() == [2, 0, 5, 3, 1, 4]
     assert packed.starts == [0, 3, 5, 6]
-    assert list(packed.steps()) == [(0, 2, 3, 5), (3, 4, 5, 6)]
-    assert [packed.order[row] for row in packed.last()] == [5, 1, 4]
+    assert packed.own.tolist() == [1, 4, 0, 3, 5, 2]
+    assert packed.firsts.tolist() == [0, 2, 5]
+    assert packed.lasts.tolist() == [1, 4, 5]
+    assert packed.opens.all()
+    assert not len(packed.seams)
+
+
+def test_pack_cuts_long_recordings() -> None:
+    packed = pack([3, 24], 8, torch.device("cpu"))
+    windows = {0: [], 1: [], 2: [], 3: []}  # in order of falling length, the middle piece first
+    for start, size in zip(packed.starts, packed.sizes, strict=False):
+        for window, point in enumerate(packed.order[start : start + size].tolist()):
+            windows[window].append(point)
+    assert list(windows.values()) == [
+        list(range(10, 20)),
+        list(range(3, 12)),
+        list(range(18, 27)),
+        [0, 1, 2],
+    ]
+    assert packed.opens.tolist() == [False, True, False, True]
+    assert packed.order[packed.own].tolist() == list(range(27))
+    assert packed.seams.tolist() == [11, 19]
+    assert packed.order[packed.beyond].tolist() == [11, 19]
+    assert packed.order[packed.ahead].tolist() == [10, 18]
+    assert not set(packed.beyond.tolist()) & set(packed.own.tolist())
+    assert not set(packed.ahead.tolist()) & set(packed.own.tolist())
+
+
+def chain(stay: float, overlap: float) -> GaussianHMM:
+    """Two states that are left with probability 1 - stay, and are hard to tell apart."""
+    transitions = torch.tensor([[stay, 1 - stay], [1 - stay, stay]], dtype=torch.float64)
+    means = torch.tensor([[0.0], [1 / overlap]])
+    half, ones = torch.full((2,), 0.5), torch.ones(2, 1)
+    return GaussianHMM.from_parameters(half, transitions, means, ones, max_iter=1, tol=-math.inf)
+
+
+@pytest.mark.parametrize(
+    ("density", "piece", "joined"),
+    [
+        (model(max_iter=1, tol=-math.inf), 128, True),
+        (chain(0.7, overlap=1.0), 256, True),
+        (chain(0.9, overlap=10.0), 256, False),  # over 32 points it forgets by 0.8 ^ 32 = 1e-3 ...
+        (chain(0.9, overlap=10.0), 1024, True),  # ... and by 1e-12 over 128
+        (chain(1 - 1e-9, overlap=100.0), 256, False),  # forgets nothing
+        (chain(0.0, overlap=100.0), 256, False),  # nor does what goes in circles
+    ],
+)
+def test_pieces_do_not_show(
+    density: GaussianHMM, piece: int, joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = torch.randn(4000, density.n_dims, generator=seeded(), dtype=torch.float64)
+    lengths = [3000, 1, 999]
+    density._prepare(h)
+    assert (float(density._statistics(Points(h, lengths), piece)[2]) <= 1e-10) == joined
+    fitted = {}
+    for most in (piece, 10_000):
+        monkeypatch.setattr("imlbench.densities.hmm._PIECE", most)
+        start = copy.deepcopy(density)
+        log_prob = start.log_prob(h, lengths)
+        fitted[most] = log_prob, start.fit(h, generator=seeded(), lengths=lengths)
+    # Pieces are apart by 1e-10 at most where they meet, and forget that too.
+    torch.testing.assert_close(fitted[piece][0], fitted[10_000][0], rtol=0, atol=1e-9)
+    for name, value in fitted[piece][1].state_dict().items():
+        expected = fitted[10_000][1].state_dict()[name]
+        torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-9)
+    twin = library(density, implementation="log")
+    exact = sum(twin.score(part.numpy()) for part in h.split(lengths))
+    assert float(fitted[piece][0].sum()) == pytest.approx(exact, rel=1e-9)
 
 
 def test_underflow_does_not_lose_the_right_path() -> None:

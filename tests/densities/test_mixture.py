@@ -151,9 +151,29 @@ def test_strips_leave_out_only_zeros() -> None:
 
 def test_float32_gives_way_where_it_would_show() -> None:
     means = torch.tensor([[0.0, 0.0], [1000.0, 0.0]], dtype=torch.float64)
+    h = means.repeat_interleave(500, 0) + 0.01 * torch.randn(1000, 2, generator=seeded()).double()
     narrow = torch.eye(2, dtype=torch.float64).repeat(2, 1, 1) * 1e-4
-    assert TriangularNormal(means, narrow * 1e4, torch.float32).dtype == torch.float32
-    assert TriangularNormal(means, narrow, torch.float32).dtype == torch.float64
+    assert TriangularNormal(means, narrow * 1e4, torch.float32)(h.float()).isfinite().all()
+    assert TriangularNormal(means, narrow, torch.float32)(h.float()).isnan().all()
+    ours = GaussianMixture.from_parameters(torch.ones(2), means, narrow, max_iter=3, reg_covar=0.0)
+    ours.fit(h.float(), generator=seeded())
+    for c, x in enumerate(h.float().double().split(500)):
+        # The rounding of float64, relative to moments about a mean 500 away.
+        torch.testing.assert_close(ours.means[c], x.mean(0), rtol=0, atol=1e-10)
+        torch.testing.assert_close(ours.covariances[c], x.T.cov(correction=0), rtol=1e-4, atol=1e-9)
+
+
+def test_a_covariance_that_is_not_positive_definite_is_raised() -> None:
+    flat = torch.ones(1, 3, 3, dtype=torch.float64)
+    bad = -torch.eye(3, dtype=torch.float64)[None] * 1e-9
+    means, h = torch.zeros(1, 3), torch.randn(50, 3, generator=seeded(), dtype=torch.float64)
+    assert TriangularNormal(means.double(), flat + bad, torch.float64)(h).isnan().all()
+    density = GaussianMixture.from_parameters(torch.ones(1), means, flat - 2 * bad, max_iter=1)
+    density.covariances = flat + bad
+    density.fit(h, generator=seeded())
+    assert all(math.isfinite(value) for value in density.log_likelihoods)
+    expected = h.T.cov(correction=0) + 1e-6 * torch.eye(3)
+    torch.testing.assert_close(density.covariances[0], expected, rtol=1e-10, atol=1e-12)
 
 
 def test_samples_come_in_random_order_with_their_components() -> None:
