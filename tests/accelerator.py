@@ -25,14 +25,19 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch._dynamo  # optimisers import it, and annotations in it need the true Generator
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
+from torch.utils.dlpack import from_dlpack, to_dlpack
+
+if torch.__version__ < "2.10":
+    pytest.skip("the pretend accelerator needs torch 2.10 or newer", allow_module_level=True)
+
 from torch.utils.backend_registration import _DummyBackendModule
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as _setup
-from torch.utils.dlpack import from_dlpack, to_dlpack
 
 CPU, DEVICE = torch.device("cpu"), "sim:0"
 
@@ -164,8 +169,10 @@ def _compute(log: Log, float64: bool, func: OpOverload, *args: Any, **kwargs: An
     _refuse_strangers(func, args, [tensor for _, tensor in given.values()])
     found = _OWN.get(packet, func)(*host_args, **host_kwargs)
     for host, tensor in given.values():
-        if host.shape != tensor.shape:  # results may be put into what was empty
-            _aten.set_.source_Tensor.redispatch(_OF_THE_CPU, tensor, _same_memory(host, "sim"))
+        if host.shape != tensor.shape:  # resized: its memory goes, which the host may share
+            _aten.set_.source_Tensor.redispatch(
+                _OF_THE_CPU, tensor, _same_memory(host.clone(), "sim")
+            )
     return _with_tensors(found, to_device)
 
 
@@ -269,6 +276,13 @@ def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *how: Any
     return _aten.convolution_backward(gradient, x, weight, gradient.shape[1:2], *how)
 
 
+def _put(operator: OpOverload, *args: Any, out: Tensor) -> Tensor:
+    """Put a result where it is wanted, for operators that need memory there that can grow."""
+    found = operator(*args)
+    assert found.shape == out.shape
+    return out.copy_(found)
+
+
 def _gru_cell(
     from_input: Tensor,
     from_state: Tensor,
@@ -300,7 +314,9 @@ _OWN: dict[Any, Callable[..., Any]] = {
     _aten._copy_from: _copy_from,
     _aten.convolution_overrideable: _aten.convolution,
     _aten.convolution_backward_overrideable: _convolution_backward,
+    _aten.mse_loss: functools.partial(_put, _aten.mse_loss.default),
+    _aten.smooth_l1_loss: functools.partial(_put, _aten.smooth_l1_loss.default),
     _aten._thnn_fused_gru_cell: _gru_cell,
     _aten._thnn_fused_gru_cell_backward: _gru_cell_backward,
 }
-"""Operators that the CPU lacks."""
+"""Operators that the CPU lacks, or that it computes otherwise."""
