@@ -419,6 +419,20 @@ def test_ray_runs_each_job_once_though_a_worker_is_lost(ray, make):
         assert place_of(assignment) == assignment.results  # which the workers see
 
 
+def test_workers_of_ray_have_numbers_of_their_own_whoever_comes_first(ray, make):
+    """Processors follow from them; both workers shared one if the second came first."""
+    runner, (first, second) = ray(2), [make(number) for number in range(2)]
+    start_when_free(runner, first)  # perhaps before the other worker is there
+    numbers = {id(slot.assignment): slot.number for slot in runner._slots}
+    start_when_free(runner, second)
+    now = {id(slot.assignment): slot.number for slot in runner._slots}
+    assert sorted(now.values()) == [0, 1]
+    assert now[id(first)] == numbers[id(first)]
+    for assignment in (first, second):
+        let_go(assignment)
+    listen(runner, has_ended, times=2)
+
+
 def test_where_workers_do_not_see_the_folder_all_of_a_job_comes_home(ray, make, store):
     runner, first, second = ray(2, is_shared=False), make(0), make(1)
     first.folder.path.mkdir()

@@ -177,8 +177,8 @@ class RayRunner:
         if not slot.is_shared:
             files = _read(slot.assignment, slot.has)
             slot.has |= _times(files)
-        neighbours = [other for other in self._slots if other.node == slot.node]
-        share = neighbours.index(slot), max(len(neighbours), self._n_expected)
+        numbers = [other.number for other in self._slots if other.node == slot.node]
+        share = slot.number, max([self._n_expected, *(number + 1 for number in numbers)])
         slot.answer = slot.actor.start.remote(ASSIGNMENT.dump_json(slot.assignment), share, files)
 
     def _listen(self, seconds: float) -> None:
@@ -203,6 +203,7 @@ class RayRunner:
             self._replace(slot, error)
             return True
         if slot.assignment is None:
+            slot.number = _first_free([s.number for s in self._slots if s.node == said])
             slot.node = said
             self._n_stillborn = 0
             return True
@@ -232,6 +233,8 @@ class _Slot:
         actor: The worker.
         answer: What it was asked, and has not answered.
         node: Where it is; empty until it has said so.
+        number: Which of the workers there it is, as long as it lives: its jobs' processors follow
+            from it, and those of its server are what they were at its first job.
         is_shared: Whether it sees the results folder.
         has: The files that it has been sent, or has sent, and from when they are.
         assignment: What it is at.
@@ -241,6 +244,7 @@ class _Slot:
     actor: Any
     answer: Any
     node: str = ""
+    number: int = 0
     is_shared: bool | None = None
     has: dict[str, int] = field(default_factory=dict)
     assignment: Assignment | None = None
@@ -394,6 +398,16 @@ def _put(assignment: Assignment, files: Files) -> None:
             (root / part).parent.mkdir(parents=True, exist_ok=True)
             (Path(temporary) / part).replace(root / part)
             shutil.rmtree((root / part).with_suffix(".fit"), ignore_errors=True)
+
+
+def _first_free(taken: Sequence[int]) -> int:
+    """Return the smallest number that is not taken.
+
+    Example:
+        >>> _first_free([]), _first_free([0, 2])
+        (0, 1)
+    """
+    return next(number for number in range(len(taken) + 1) if number not in taken)
 
 
 def _share(n_gpus: int, n_workers: int) -> float:
